@@ -1,0 +1,496 @@
+"""
+Worlds, codecs, captions, clips on disk, batches.
+
+    python data.py --world lowpoly                  # 500 plans, about a minute on 2 cores
+    python data.py --world lowpoly --plans 1        # one plan to live in; the held-out clips are new paths through it
+    python data.py --world doom                     # a real game: pip install vizdoom
+
+writes data/<world>/: a manifest.json, train and val shards (safetensors, read by memory map) and a contact sheet.
+A shard holds, for n clips of F frames (one frame is one latent frame):
+
+    latents (n, F, 16, H / 8, W / 8) float16      what the network sees        c2w (n, F, 4, 4) float32, any world frame
+    K       (n, 4) float32                        normalised fx, fy, cx, cy    plan, palette (n,) int64
+    frames  (n, F, H, W, 3) uint8                 val shards only: the truth   header: {"captions": [...]}
+
+World frame: OpenCV axes, y down, the floor at y = 0, the camera 1 m above it (camera.py states the signs).
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from camera import BadInput, Camera, intrinsics, make_pose, move, rays, relative
+from model import save_tensors
+
+
+@dataclass
+class Config:
+    world: str = 'lowpoly'        # lowpoly | doom
+    out: str = ''                 # folder; empty: data/<world>
+    plans: int = 500              # lowpoly: 1, or many; with many the val clips are of plans never trained on
+    clips: int = 1600             # training clips
+    val_clips: int = 64           # held-out clips
+    frames: int = 17              # frames per clip; training takes random windows of it
+    height: int = 64
+    width: int = 64
+    map: str = 'my_way_home'      # doom: a map that ships with ViZDoom
+    seed: int = 0
+    workers: int = 0              # processes; 0: one a core
+
+# -----------------------------------------------------------------------------
+# world "lowpoly": an exact ray caster. A world is a plan (geometry) and a palette (colours), each from a seed
+
+FOV = 90.0                        # degrees, horizontal
+ARENA, WALL = 5.0, 2.5            # half the side of the square arena and the height of its walls, metres
+COLOURS = {'red': (.80, .22, .20), 'orange': (.90, .55, .12), 'yellow': (.93, .82, .28), 'green': (.25, .62, .32),
+           'teal': (.13, .55, .55), 'blue': (.18, .38, .75), 'purple': (.45, .28, .65), 'pink': (.88, .45, .62),
+           'white': (.88, .88, .86), 'grey': (.48, .49, .51), 'brown': (.42, .30, .24), 'mint': (.52, .76, .60)}
+SKIES = {'day': (.50, .70, .92), 'dusk': (.93, .62, .48), 'overcast': (.72, .75, .78), 'night': (.12, .14, .28)}
+ROLES = ['floor', 'walls', 'walls', 'boxes', 'boxes', 'balls', 'balls']
+
+
+def make_plan(seed):
+    """Geometry: boxes (6, 2, 3) as (low, high) corners and balls (5, 4) as (centre, radius), metres, float64 numpy."""
+    r = np.random.default_rng([1, seed])
+    boxes, balls, spots = [], [], []
+    while len(boxes) + len(balls) < 11:
+        box = len(boxes) < 6
+        size = r.uniform(.25, .9, 2) if box else np.full(2, r.uniform(.3, .6))
+        at = r.uniform(-ARENA + 1, ARENA - 1, 2)
+        if any(np.abs(at - p).max() < size.max() + s + .7 for p, s in spots):
+            continue                                          # keep paths of 0.7 m between things
+        spots.append((at, size.max()))
+        if box:
+            boxes.append([[at[0] - size[0], -r.uniform(.5, 2.2), at[1] - size[1]], [at[0] + size[0], 0, at[1] + size[1]]])
+        else:
+            balls.append([at[0], -size[0], at[1], size[0]])
+    return np.array(boxes), np.array(balls)
+
+
+def make_palette(seed):
+    """(caption, colours (8, 3) float32: sky, then ROLES). The caption names every colour in a fixed order."""
+    r = np.random.default_rng([2, seed])
+    sky = list(SKIES)[r.integers(len(SKIES))]
+    names = [list(COLOURS)[i] for i in r.permutation(len(COLOURS))[:len(ROLES)]]
+    floor, wall, wall2, box, box2, ball, ball2 = names
+    caption = f'{sky} sky {floor} floor {wall} and {wall2} walls {box} and {box2} boxes {ball} and {ball2} balls'
+    return caption, torch.tensor([SKIES[sky]] + [COLOURS[n] for n in names])
+
+
+class Lowpoly:
+    """A batch of worlds as tensors on a device; `render` casts rays into all of them at once."""
+
+    def __init__(self, plans, palettes, device='cpu'):
+        geometry = [make_plan(p) for p in plans]
+        self.boxes = torch.tensor(np.stack([g[0] for g in geometry]), dtype=torch.float32, device=device)
+        self.balls = torch.tensor(np.stack([g[1] for g in geometry]), dtype=torch.float32, device=device)
+        self.colours = torch.stack([make_palette(p)[1] for p in palettes]).to(device)
+
+    def shade(self, o, d):
+        """Colour (B, R, 3), distance (B, R) and surface (B, R), a number that jumps at edges, of the rays o + s d,
+        d of unit length, (B, R, 3) each. Each object is one pass that keeps the nearest hit so far."""
+        inv = 1 / torch.where(d.abs() < 1e-6, 1e-6, d)
+        far = torch.full_like(d[..., 0], 1e4)
+        # the floor, a checkerboard of 1 m
+        s = -o[..., 1] * inv[..., 1]
+        check = ((o[..., 0] + s * d[..., 0]).floor() + (o[..., 2] + s * d[..., 2]).floor()) % 2
+        best, which, tone = torch.where(s > 0, s, far), torch.ones_like(far), .85 + .15 * check
+        # the arena's four walls, seen from inside, each in a tone of its own; above them the sky
+        side = (torch.sign(d[..., ::2]) * ARENA - o[..., ::2]) * inv[..., ::2]
+        s, axis = side.min(-1)
+        east = torch.where(axis == 0, d[..., 0], d[..., 2]) > 0
+        closer = s < best
+        best, which = torch.where(closer, s, best), torch.where(closer, 2. + axis, which)
+        tone = torch.where(closer, torch.where(east, 1., .75) - .1 * axis, tone)
+        sky = closer & (o[..., 1] + s * d[..., 1] < -WALL)
+        best, which, tone = torch.where(sky, far, best), which.masked_fill(sky, 0), tone.masked_fill(sky, 1)
+        for i in range(self.boxes.shape[1]):                 # slab method
+            low, high = ((self.boxes[:, i, j, None] - o) * inv for j in (0, 1))
+            near, axis = torch.minimum(low, high).max(-1)
+            hit = (near < torch.maximum(low, high).amin(-1)) & (near > 0) & (near < best)
+            best, which = torch.where(hit, near, best), which.masked_fill(hit, 4 + i % 2)
+            tone = torch.where(hit, torch.tensor([.80, 1.0, .62], device=d.device)[axis], tone)
+        sun = d.new_tensor([.4, -.8, -.45])
+        for i in range(self.balls.shape[1]):
+            centre, radius = self.balls[:, i, None, :3], self.balls[:, i, 3:]
+            oc = o - centre
+            b = (oc * d).sum(-1)
+            q = b * b - (oc * oc).sum(-1) + radius ** 2
+            s = -b - q.clamp(min=0).sqrt()
+            hit = (q > 0) & (s > 0) & (s < best)
+            best, which = torch.where(hit, s, best), which.masked_fill(hit, 6 + i % 2)
+            tone = torch.where(hit, .75 + .25 * ((oc @ sun) + s * (d @ sun)) / radius, tone)
+        colour = torch.gather(self.colours, 1, which.long()[..., None].expand_as(d)) * tone[..., None]
+        up = -d[..., 1:2]                                     # the sky pales towards the horizon; fog is of its colour
+        haze = self.colours[:, :1] * (1 - .25 * up.clamp(0, 1)) + .12 * (1 - 3 * up.clamp(0, 1)).clamp(0, 1)
+        return torch.lerp(haze, colour, torch.exp(-best / 30)[..., None]).clamp(0, 1), best, which + tone / 2
+
+    def render(self, c2w, K, H=64, W=64, edges=.25):
+        """Pictures (B, V, H, W, 3) float in [0, 1] and distances (B, V, H, W) of V views c2w (B, V, 4, 4) of each world.
+
+        The share `edges` of the pixels, where the surface changes most, is sampled four times (anti-aliasing).
+        """
+        B, V = c2w.shape[:2]
+        o, d = rays(c2w, K, H, W)                             # (B, V, 3), (B, V, H, W, 3)
+        flat = lambda x: x.reshape(B, -1, x.shape[-1])
+        origins = o[:, :, None, None].expand_as(d)
+        colour, depth, surface = self.shade(flat(origins), flat(d))
+        if edges:
+            surface = surface.view(B * V, 1, H, W)
+            jump = (F.max_pool2d(surface, 3, 1, 1) + F.max_pool2d(-surface, 3, 1, 1)).view(B, -1)
+            index = jump.topk(int(edges * jump.shape[1]), 1)[1][..., None].expand(-1, -1, 3)
+            dx, dy = (torch.gather(flat(x), 1, index) for x in self._steps(c2w, K, H, W))
+            centre, eo = torch.gather(flat(d), 1, index), torch.gather(flat(origins), 1, index)
+            mean = sum(self.shade(eo, F.normalize(centre + a * dx + b * dy, dim=-1))[0]
+                       for a in (-.25, .25) for b in (-.25, .25)) / 4
+            colour = colour.scatter(1, index, mean)
+        return colour.view(B, V, H, W, 3), depth.view(B, V, H, W)
+
+    @staticmethod
+    def _steps(c2w, K, H, W):
+        """How a unit ray changes over one pixel to the right and one down, (B, V, H, W, 3) each (first order)."""
+        R, depth = c2w[..., :3, :3].float(), rays(c2w, K, H, W)[1]
+        z = torch.einsum('bvi,bvhwi->bvhw', R[..., 2], depth)[..., None]     # cos to the axis: |pinhole ray| = 1 / z
+        return [z * (R[..., i] / (n * K[..., i, None]))[:, :, None, None] for i, n in ((0, W), (1, H))]
+
+
+def walk(plan, frames, rng, metres=None, degrees=None):
+    """A random keyboard walk that does not pass through things: c2w (frames, 4, 4) float32.
+
+    Keys are held for 3 to 8 frames at a speed drawn per clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame). A step
+    that is blocked becomes a turn, so that it seldom stands still.
+    """
+    boxes, balls = plan
+    metres, degrees = metres or rng.uniform(.04, .25), degrees or rng.uniform(1.5, 10)
+
+    def free(x, z, margin=.35):
+        return (max(abs(x), abs(z)) < ARENA - margin
+                and not ((boxes[:, 0, 0] - margin < x) & (x < boxes[:, 1, 0] + margin)
+                         & (boxes[:, 0, 2] - margin < z) & (z < boxes[:, 1, 2] + margin)).any()
+                and (np.hypot(balls[:, 0] - x, balls[:, 2] - z) > balls[:, 3] + margin).all())
+
+    while True:                                               # start where there is a view: 1.5 m free ahead
+        x, z, yaw = *rng.uniform(-ARENA, ARENA, 2), rng.uniform(-180, 180)
+        s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
+        if all(free(x + a * s, z + a * c) for a in (0, .5, 1, 1.5)):
+            break
+    state = (x, -1.0, z), yaw, float(rng.choice([0, 0, 0, -8, 8]))
+    states, hold = [state], 0
+    while len(states) < frames:
+        if hold == 0:
+            keys = rng.choice(['w', 'wl', 'wj', 'l', 'j', 'a', 'd', 's', 'wi', 'wk', 'sl', 'dj'],
+                              p=[.25, .15, .15, .09, .09, .06, .06, .05, .025, .025, .025, .025])
+            hold = rng.integers(3, 9)
+        new = move(*state, keys, metres, degrees)
+        if not free(new[0][0], new[0][2]):
+            keys = 'l' if rng.random() < .5 else 'j'
+            hold = rng.integers(3, 9)
+            new = move(*state, keys, metres, degrees)
+        state, hold = new, hold - 1
+        states.append(state)
+    position, yaw, pitch = (torch.tensor(x, dtype=torch.float64) for x in zip(*states))
+    return make_pose(position, yaw, pitch).float()
+
+
+def lowpoly_clips(cfg, split, indices):
+    """Render clips: dict of tensors as a shard holds them, and captions. Clip i depends on (seed, split, i) only."""
+    plans, palettes, paths = [], [], []
+    for i in indices:
+        r = np.random.default_rng([cfg.seed, split, i])
+        held_out = split * (cfg.plans > 1)
+        plans.append(int(r.integers(cfg.plans)) + 10 ** 6 * held_out + 10 ** 7 * cfg.seed)
+        palettes.append(int(r.integers(4 if cfg.plans == 1 else 10 ** 6)) + 10 ** 7 * cfg.seed)
+        paths.append(walk(make_plan(plans[-1]), cfg.frames, r))
+    c2w, K = torch.stack(paths), intrinsics(FOV, cfg.width / cfg.height).expand(len(indices), 4)
+    frames = torch.cat([Lowpoly(plans[i:i + 1], palettes[i:i + 1]).render(                # one at a time fits the cache
+        c2w[i:i + 1], K[i].expand(1, cfg.frames, 4), cfg.height, cfg.width)[0] for i in range(len(indices))])
+    return dict(frames=(frames * 255).round().byte(), c2w=c2w, K=K, plan=torch.tensor(plans),
+                palette=torch.tensor(palettes)), [make_palette(p)[0] for p in palettes]
+
+# -----------------------------------------------------------------------------
+# world "doom": frames and exact poses of a real game, by ViZDoom (its wheel carries the Freedoom assets)
+
+UNITS = 64                        # map units in a metre, by our convention
+
+
+def doom_clips(cfg, split, indices):
+    """The same dict from the game: HUD and weapon off, a random keyboard policy, 1 to 3 tics a frame."""
+    try:
+        import vizdoom as vzd
+    except ImportError:
+        raise BadInput('--world doom needs ViZDoom: pip install vizdoom') from None
+    scenario = os.path.join(vzd.scenarios_path, cfg.map + '.cfg')
+    if not os.path.exists(scenario):
+        maps = sorted(f[:-4] for f in os.listdir(vzd.scenarios_path) if f.endswith('.cfg'))
+        raise BadInput(f'--map {cfg.map}: not a map that ships with ViZDoom: {", ".join(maps)}')
+    B, V = vzd.Button, vzd.GameVariable
+    game = vzd.DoomGame()
+    game.load_config(scenario)
+    game.set_window_visible(False)
+    game.set_mode(vzd.Mode.PLAYER)
+    game.set_screen_format(vzd.ScreenFormat.RGB24)
+    game.set_screen_resolution(vzd.ScreenResolution.RES_320X240)
+    for off in ('hud', 'weapon', 'crosshair', 'decals', 'particles', 'effects_sprites', 'messages', 'corpses'):
+        getattr(game, f'set_render_{off}')(False)
+    game.set_available_buttons([B.MOVE_FORWARD, B.MOVE_BACKWARD, B.MOVE_LEFT, B.MOVE_RIGHT, B.TURN_LEFT_RIGHT_DELTA])
+    game.set_available_game_variables([V.POSITION_X, V.POSITION_Y, V.POSITION_Z, V.ANGLE])
+    game.set_episode_timeout(0)
+    game.init()
+    out = []
+    for i in indices:
+        r = np.random.default_rng([cfg.seed, 3 + split, i])
+        game.set_seed(int(r.integers(2 ** 31)))
+        game.new_episode()
+        game.make_action([0] * 4 + [float(r.uniform(-180, 180))], 1)
+        tics, degrees, hold, frames, poses = int(r.integers(1, 3)), r.uniform(1.5, 10), 0, [], []
+        for _ in range(cfg.frames):
+            x, y, z, angle = game.get_state().game_variables
+            picture = torch.from_numpy(game.get_state().screen_buffer.copy()).permute(2, 0, 1)[None].float()
+            frames.append(F.interpolate(picture, (cfg.height, cfg.width), mode='area')[0].permute(1, 2, 0))
+            # the game's x is east, y north, angles turn left from east: ours z = x, x = -y, yaw = -angle
+            poses.append(([-y / UNITS, -z / UNITS, x / UNITS], -angle, 0.))
+            if hold == 0:
+                keys = r.choice(['w', 'wl', 'wj', 'l', 'j', 'a', 'd', 's'], p=[.3, .17, .17, .1, .1, .05, .05, .06])
+                hold = r.integers(3, 9)
+            hold -= 1
+            turn = degrees * (('l' in keys) - ('j' in keys))
+            for _ in range(tics):
+                game.make_action([float(k in keys) for k in 'wsad'] + [turn / tics], 1)
+        position, yaw, pitch = (torch.tensor(v, dtype=torch.float64) for v in zip(*poses))
+        out.append((torch.stack(frames).round().byte(), make_pose(position, yaw, pitch).float()))
+    game.close()
+    zeros = torch.zeros(len(out), dtype=torch.int64)
+    return dict(frames=torch.stack([f for f, _ in out]), c2w=torch.stack([p for _, p in out]), plan=zeros, palette=zeros,
+                K=intrinsics(FOV, cfg.width / cfg.height).expand(len(out), 4)), [f'doom {cfg.map}'] * len(out)
+
+# -----------------------------------------------------------------------------
+# codec "dct": a picture as 16 channels at 1/8 resolution, the shape of Wan's latents, without weights
+
+ORDER = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]   # 10 lowest luma coefficients
+YCC = torch.tensor([[.299, .587, .114], [-.168736, -.331264, .5], [.5, -.418688, -.081312]])
+# standard deviation of each channel on lowpoly (`python data.py` prints them); the luma's mean is -0.26
+DCT_STD = torch.tensor([1.36, .172, .246, .103, .092, .068, .048, .042, .053, .072, .765, .122, .152, .806, .129, .156])
+DCT_MEAN = torch.tensor([-.26] + [0.] * 15)
+GAMMA = 0.5                       # z = (c - mean) / (k std^gamma), k such that the RMS is 1: 1 whitens, 0 leaves energies
+
+
+def lapped_dct(n):
+    """The orthogonal (n, n) matrix of an 8-point DCT with a pre-filter across block edges, float32.
+
+    The pre-filter makes it a lapped transform (Malvar's type-II LOT in the form of Tran, Liang and Tu 2003): basis
+    functions 16 wide that fade out, so no block edges, and the picture's border needs no special case.
+    """
+    def cosines(n, half):                                     # DCT-II (rows k) or, with half, DCT-IV
+        k, i = torch.arange(n, dtype=torch.float64)[:, None] + half, torch.arange(n, dtype=torch.float64) + .5
+        m = (2 / n) ** .5 * torch.cos(math.pi * k * i / n)
+        return m if half else torch.cat([m[:1] / 2 ** .5, m[1:]])
+    I = torch.eye(4, dtype=torch.float64)
+    J = I.flip(0)
+    butterfly = torch.cat([torch.cat([I, J], 1), torch.cat([J, -I], 1)])
+    edge = butterfly @ torch.block_diag(I, J @ cosines(4, 0).T @ cosines(4, .5) @ J) @ butterfly / 2
+    pre = torch.block_diag(I, *[edge] * (n // 8 - 1), I)
+    return (torch.block_diag(*[cosines(8, 0)] * (n // 8)) @ pre).float()
+
+
+def _dct_scale(device):
+    return (DCT_STD ** GAMMA * (DCT_STD ** (2 - 2 * GAMMA)).mean().sqrt()).view(-1, 1, 1).to(device)
+
+
+def encode(frames):
+    """Pictures (..., H, W, 3), uint8 or float in [0, 1] -> latents (..., 16, H / 8, W / 8) of about unit RMS."""
+    x = frames.float() / 255 if frames.dtype == torch.uint8 else frames
+    H, W = x.shape[-3:-1]
+    rows, cols = lapped_dct(H).to(x.device), lapped_dct(W).to(x.device)
+    y = torch.einsum('uh,...hwc,kc,vw->...kuv', rows, x - .5, YCC.to(x.device), cols)
+    y = y.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))       # (..., 3, H / 8, u, W / 8, v)
+    z = [y[..., 0, :, u, :, v] for u, v in ORDER] + [y[..., k, :, u, :, v] for k in (1, 2) for u, v in ORDER[:3]]
+    return (torch.stack(z, -3) - DCT_MEAN.view(-1, 1, 1).to(x.device)) / _dct_scale(x.device)
+
+
+def decode(z):
+    """Latents (..., 16, h, w) -> pictures (..., 8 h, 8 w, 3), float32 in [0, 1]."""
+    z = z.float() * _dct_scale(z.device) + DCT_MEAN.view(-1, 1, 1).to(z.device)
+    h, w = z.shape[-2:]
+    y = z.new_zeros(*z.shape[:-3], 3, h, 8, w, 8)
+    for c, (k, (u, v)) in enumerate([(0, o) for o in ORDER] + [(k, o) for k in (1, 2) for o in ORDER[:3]]):
+        y[..., k, :, u, :, v] = z[..., c, :, :]
+    rows, cols = lapped_dct(8 * h).to(z.device), lapped_dct(8 * w).to(z.device)
+    x = torch.einsum('uh,...kuv,ck,vw->...hwc', rows, y.flatten(-4, -3).flatten(-2), YCC.inverse().to(z.device), cols)
+    return (x + .5).clamp(0, 1)
+
+# -----------------------------------------------------------------------------
+# captions, embedded without weights
+
+def embed_text(captions, text_len, text_dim):
+    """Captions -> (B, text_len, text_dim): a fixed Gaussian vector per word (seeded by its CRC-32) plus a sinusoid of
+    its place in the sentence. Zeros behind the last word; the empty caption is all zeros, the null prompt."""
+    out = torch.zeros(len(captions), text_len, text_dim)
+    place = torch.arange(text_len)[:, None] / 100 ** (torch.arange(text_dim // 2) / (text_dim // 2))
+    place = torch.cat([place.cos(), place.sin()], -1)
+    for b, caption in enumerate(captions):
+        for i, word in enumerate(caption.lower().split()[:text_len]):
+            vector = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32)
+            out[b, i] = torch.from_numpy(vector) + place[i]
+    return out
+
+# -----------------------------------------------------------------------------
+# clips on disk
+
+def make(cfg):
+    """Render a world's clips into cfg.out, all or nothing. Returns the folder."""
+    out, start = cfg.out or f'data/{cfg.world}', {'lowpoly': lowpoly_clips, 'doom': doom_clips}
+    if cfg.world not in start:
+        raise BadInput(f'--world {cfg.world}: choose one of {", ".join(start)}')
+    if min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames) < 1 or cfg.height % 16 or cfg.width % 16:
+        raise BadInput('data: plans, clips, val_clips and frames must be at least 1, height and width multiples of 16')
+    recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers')}
+    if os.path.exists(f'{out}/manifest.json'):
+        old = load_manifest(out)['recipe']
+        if old == recipe:
+            print(f'{out} is there already')
+            return out
+        changed = ', '.join(f'{k} {old.get(k)}, not {v}' for k, v in recipe.items() if old.get(k) != v)
+        raise BadInput(f'{out} was made with {changed}: give another --out, or delete it')
+    tmp = f'{out}.tmp{os.getpid()}'
+    try:
+        os.makedirs(tmp)
+    except OSError as e:
+        raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
+    jobs = [(cfg, tmp, split, name, i, list(range(i, min(n, i + 50)))) for split, name, n in
+            ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, 50)]
+    workers = cfg.workers or os.cpu_count()
+    shards, sheet, moments = [], None, []
+    with ProcessPoolExecutor(workers) as pool, tqdm(total=cfg.clips + cfg.val_clips, unit='clip', desc=out) as bar:
+        for name, n, picture, moment in pool.map(_make_shard, jobs):
+            shards.append({'file': name, 'clips': n})
+            sheet, moments = picture if sheet is None else sheet, moments + [moment]
+            bar.update(n)
+    iio.imwrite(f'{tmp}/sheet.png', sheet)
+    mean, std = torch.stack(moments).mean(0)
+    print('latent channels: mean', *(f'{m:.2f}' for m in mean), '\n                  std', *(f'{s:.2f}' for s in std))
+    with open(f'{tmp}/manifest.json', 'w') as f:
+        json.dump({'recipe': recipe, 'codec': 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
+    os.replace(tmp, out)
+    print(f'{cfg.clips} + {cfg.val_clips} clips of {cfg.frames} frames in {out}; look at {out}/sheet.png')
+    return out
+
+
+def _make_shard(job):
+    cfg, folder, split, name, first, indices = job
+    torch.set_num_threads(1)
+    tensors, captions = {'lowpoly': lowpoly_clips, 'doom': doom_clips}[cfg.world](cfg, split, indices)
+    z = tensors['latents'] = encode(tensors['frames']).half()
+    rows = torch.cat([tensors['frames'][:8, ::2], (decode(z[:8, ::2]) * 255).byte()], 2)   # the codec's view below
+    sheet = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).numpy()
+    if split == 0:
+        del tensors['frames']
+    save_tensors(f'{folder}/{name}_{first:06d}.safetensors', tensors, {'captions': captions})
+    moments = torch.stack([z.float().mean((0, 1, 3, 4)), z.float().std((0, 1, 3, 4))])
+    return f'{name}_{first:06d}.safetensors', len(indices), sheet, moments
+
+
+def load_manifest(folder):
+    try:
+        with open(f'{folder}/manifest.json') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise BadInput(f'{folder}: no clips there (no manifest.json): run python data.py --out {folder}') from None
+    except ValueError:
+        raise BadInput(f'{folder}/manifest.json is not JSON: delete {folder} and make it again') from None
+
+
+class Clips:
+    """The clips of one split of a folder, read by memory map. clips[i] is a dict of one clip's tensors."""
+
+    def __init__(self, folder, split='train'):
+        self.manifest, self.split, self.rows, self.captions, self.files = load_manifest(folder), split, [], [], []
+        for shard in self.manifest['shards']:
+            if not shard['file'].startswith(split):
+                continue
+            path = os.path.join(folder, os.path.basename(shard['file']))
+            try:
+                f = safe_open(path, 'pt')
+                captions = json.loads(f.metadata()['meta'])['captions']
+                n = f.get_slice('latents').get_shape()[0]
+            except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+                raise BadInput(f'{path}: missing or corrupt shard ({e}): delete {folder} and make it again') from None
+            if n != shard['clips'] or len(captions) != n:
+                raise BadInput(f'{path}: {n} clips and {len(captions)} captions where the manifest says {shard["clips"]}')
+            self.rows += [(len(self.files), i) for i in range(n)]
+            self.captions += captions
+            self.files.append(f)
+        if not self.rows:
+            raise BadInput(f'{folder}: no {split} clips: delete it and make it again')
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, i, keys=('latents', 'c2w', 'K')):
+        f, row = self.rows[i]
+        return [self.files[f].get_slice(k)[row] for k in keys]
+
+
+@dataclass
+class Batch:
+    x0: torch.Tensor              # (B, F, 16, H, W) clean latents
+    camera: Camera                # poses relative to frame 0
+    text: torch.Tensor            # (B, text_len, text_dim)
+    eps: torch.Tensor             # (B, F, 16, H, W) the noise of this step
+    u: torch.Tensor               # (B, F + 4) uniform numbers: times, then dropouts
+
+
+def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
+    """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
+    split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same."""
+    rows = []
+    for j in range(first, first + count):
+        r = np.random.default_rng([seed, clips.split == 'val', j])
+        i = int(r.integers(len(clips))) if clips.split == 'train' else j % len(clips)
+        z, c2w, K = clips.read(i)
+        if len(z) < frames:
+            raise BadInput(f'the clips have {len(z)} frames, {frames} are asked for: use fewer --frames or longer clips')
+        a = int(r.integers(len(z) - frames + 1)) if clips.split == 'train' else 0
+        rows.append((z[a:a + frames].float(), c2w[a:a + frames], K.expand(frames, 4), clips.captions[i],
+                     torch.from_numpy(r.standard_normal((frames, *z.shape[1:]), dtype=np.float32)),
+                     torch.from_numpy(r.random(frames + 4, dtype=np.float32))))
+    z, c2w, K, captions, eps, u = zip(*rows)
+    to = lambda x: torch.stack(x).to(device)
+    camera = Camera(relative(torch.stack(c2w)).to(device), to(K))
+    return Batch(to(z), camera, embed_text(captions, cfg.text_len, cfg.text_dim).to(device), to(eps), to(u))
+
+# -----------------------------------------------------------------------------
+# pictures
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], (..., H, W, 3) -> (...); a float tensor."""
+    return -10 * (a.clamp(0, 1) - b.clamp(0, 1)).square().mean((-3, -2, -1)).clamp(min=1e-10).log10()
+
+
+def write_strip(path, *videos, scale=2):
+    """PNG of clips: for each b the rows videos[0][b], videos[1][b], ...; each video (B, F, H, W, 3) in [0, 1]."""
+    rows = torch.stack(videos, 1).flatten(0, 1)                              # (rows, F, H, W, 3)
+    picture = (rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).clamp(0, 1) * 255).round().byte().cpu()
+    tmp = f'{path}.tmp{os.getpid()}.png'
+    iio.imwrite(tmp, picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
+    os.replace(tmp, path)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        parser.add_argument(f'--{f.name}', type=f.type, default=f.default, help=f'(default: {f.default})')
+    try:
+        make(Config(**vars(parser.parse_args())))
+    except BadInput as e:
+        sys.exit(f'error: {e}')

@@ -1,0 +1,614 @@
+"""
+The video diffusion transformer of Wan2.1 made causal, steerable and small enough to read, and its rollout.
+
+Conventions, used in every file:
+- Letters: B batch, F latent frames, C channels, H W latent height and width, L tokens per frame, D width, N heads,
+  Dh head dim; K only for camera intrinsics. Video latents are always (B, F, C, H, W).
+- Time t is in [0, 1], 0 clean, 1 noise, one per frame (B, F): x_t = (1 - t) x0 + t eps, the network predicts
+  v = eps - x0, so x0 = x_t - t v. A frame with t = 0 is given. Wan's timestep is 1000 t; only `sinusoid` knows it.
+- A chunk is the frames denoised together. A clip is the chunks (1, c, c, ...), or (c, c, ...) as in minWM.
+- A mask is a (frames x frames) bool matrix, rows query, columns key, passed explicitly; nothing is guessed.
+- Cameras: see camera.py. Poses reach the network relative to frame 0 of its sequence.
+
+Different from Wan2.1: times are per frame; a camera term (zero at the start) is added to the input; the rotary
+product is in float32 (its angles in float64); text keys and values are computed once per prompt when there is a cache.
+Names, shapes and mathematics of the weights are Wan's, so its checkpoints load as they are.
+"""
+import functools
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from camera import BadInput, Camera, plucker, relative
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass
+class ModelConfig:
+    dim: int = 192
+    ffn_dim: int = 512
+    num_heads: int = 3
+    num_layers: int = 6
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 64
+    text_len: int = 16
+    eps: float = 1e-6
+    patch: int = 2                # Wan's patch_size (1, 2, 2)
+    camera: str = 'plucker'       # how the pose enters: plucker | none
+    chunk: int = 1                # frames denoised together
+    first: int = 1                # frames in the first chunk: 1, or `chunk` as in minWM
+    shift: float = 2.0            # time schedule: more noise for more tokens a frame
+
+
+PRESETS = {                       # parameters: 3.4 M, 3.9 M, 1.42 B, 14.3 B without the camera
+    'nano': ModelConfig(),
+    'small': ModelConfig(dim=192, ffn_dim=640, num_heads=3, num_layers=6),
+    'wan-1.3b': ModelConfig(1536, 8960, 12, 30, text_dim=4096, text_len=512, chunk=4, shift=5.0),
+    'wan-14b': ModelConfig(5120, 13824, 40, 40, text_dim=4096, text_len=512, chunk=4, shift=5.0),
+}
+
+# -----------------------------------------------------------------------------
+# time: flow matching helpers (Lipman et al. 2022; Wan's schedule)
+
+def shift_time(u, shift):
+    """Uniform u in [0, 1] -> t = s u / (1 + (s - 1) u) (SD3, eq. 23). Shift 1 leaves u as it is."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def schedule(steps, shift):
+    """The steps + 1 times of a sampler, 1 down to 0, float32: uniform, then shifted. schedule(4, 5) is Wan's list."""
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+def add_noise(x0, eps, t):
+    """x_t (B, F, C, H, W) for times t (B, F)."""
+    t = t[..., None, None, None]
+    return (1 - t) * x0 + t * eps
+
+
+def v_to_x0(x_t, v, t):
+    """The clean video that velocity v points to: x0 = x_t - t v."""
+    return x_t - t[..., None, None, None] * v
+
+# -----------------------------------------------------------------------------
+# masks: (query frames x key frames), True where attention is allowed
+
+def chunk_ids(frames, chunk, first=1):
+    """Which chunk each frame belongs to: chunk_ids(7, 3) = [0, 1, 1, 1, 2, 2, 2]. Raises if it does not divide."""
+    if frames < first or (frames - first) % chunk:
+        raise BadInput(f'{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: '
+                       f'use {first} + n * {chunk} frames')
+    return torch.tensor([0] * first + [1 + i // chunk for i in range(frames - first)])
+
+
+def causal_mask(ids):
+    """Each frame sees its own chunk, in both directions, and all earlier ones."""
+    return ids[:, None] >= ids[None, :]
+
+
+def teacher_forcing_mask(ids):
+    """For the sequence [clean | noisy]: clean sees clean up to its own chunk; noisy sees earlier clean chunks and
+    its own noisy chunk. So every chunk learns to denoise given true history, all in one pass (Causal Forcing, 3.1).
+
+          c0 c1 c2 n0 n1 n2
+      c0   x  .  .  .  .  .
+      c1   x  x  .  .  .  .
+      c2   x  x  x  .  .  .
+      n0   .  .  .  x  .  .
+      n1   x  .  .  .  x  .
+      n2   x  x  .  .  .  x
+    """
+    q, k = ids[:, None], ids[None, :]
+    return torch.cat([torch.cat([q >= k, torch.zeros_like(q == k)], 1), torch.cat([q > k, q == k], 1)])
+
+# -----------------------------------------------------------------------------
+# attention
+
+def dense_attention(q, k, v, mask):
+    """Attention (B, S, N, Dh) under a frame mask, by expanding it to tokens: the reference, and the slow path."""
+    m = None
+    if mask is not None:
+        m = mask.repeat_interleave(q.shape[1] // mask.shape[0], 0).repeat_interleave(k.shape[1] // mask.shape[1], 1)
+        m = m.to(q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_rows(mask):
+    """A mask (tuple of tuples) as a list of ((first, last + 1) query frames, [(first, last + 1) key frames, ...])."""
+    rows = []
+    for i, row in enumerate(mask):
+        if rows and row == mask[i - 1]:
+            rows[-1] = (rows[-1][0][0], i + 1), rows[-1][1]
+        else:
+            edges = [j for j in range(len(row) + 1) if (j < len(row) and row[j]) != (j > 0 and row[j - 1])]
+            rows.append(((i, i + 1), list(zip(edges[::2], edges[1::2]))))
+    return rows
+
+
+class BlockRowAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt Dh) v for (B, N, S, Dh) under a frame mask, by a loop over its rows: consecutive query
+    frames with equal rows attend to just the frames they may see. On a CPU that is the work of the allowed blocks
+    only. The backward pass is written out because autograd's own would touch all of k and v once per row."""
+
+    @staticmethod
+    def _gather(x, frames, L):
+        parts = [x[:, :, a * L:b * L] for a, b in frames]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, rows, Lq, Lk):
+        gather, out, probs = BlockRowAttention._gather, torch.empty_like(q), []
+        for (a, b), frames in rows:
+            scores = q[:, :, a * Lq:b * Lq] * q.shape[-1] ** -0.5 @ gather(k, frames, Lk).mT
+            probs.append(scores.softmax(-1))
+            torch.matmul(probs[-1], gather(v, frames, Lk), out=out[:, :, a * Lq:b * Lq])
+        ctx.save_for_backward(q, k, v, out, *probs)
+        ctx.rows, ctx.Lq, ctx.Lk = rows, Lq, Lk
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        (q, k, v, out, *probs), gather, Lk = ctx.saved_tensors, BlockRowAttention._gather, ctx.Lk
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (dout * out).sum(-1, keepdim=True)             # sum_j p_ij dp_ij, the softmax's correction
+        for ((a, b), frames), p in zip(ctx.rows, probs):
+            i = slice(a * ctx.Lq, b * ctx.Lq)
+            ds = p * (dout[:, :, i] @ gather(v, frames, Lk).mT - delta[:, :, i]) * q.shape[-1] ** -0.5
+            dq[:, :, i] = ds @ gather(k, frames, Lk)
+            dk_row, dv_row = ds.mT @ q[:, :, i], p.mT @ dout[:, :, i]
+            sizes = [(y - x) * Lk for x, y in frames]
+            for (x, y), dk_part, dv_part in zip(frames, dk_row.split(sizes, 2), dv_row.split(sizes, 2)):
+                dk[:, :, x * Lk:y * Lk] += dk_part
+                dv[:, :, x * Lk:y * Lk] += dv_part
+        return dq, dk, dv, None, None, None
+
+
+def block_row_attention(q, k, v, mask):
+    """`dense_attention` by BlockRowAttention: the same result from the allowed blocks alone."""
+    rows = _block_rows(tuple(map(tuple, mask.tolist())))
+    q_, k_, v_ = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        out = BlockRowAttention.apply(q_, k_, v_, rows, q.shape[1] // mask.shape[0], k.shape[1] // mask.shape[1])
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _flex(mask, Lq, Lk, device):
+    """flex_attention with the block mask of a frame mask (a tuple of tuples, so that it can be cached)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    m = torch.tensor(mask, device=device)
+    block = create_block_mask(lambda b, h, i, j: m[i // Lq, j // Lk], None, None, m.shape[0] * Lq, m.shape[1] * Lk, device)
+    return functools.partial(torch.compile(flex_attention) if device.type == 'cuda' else flex_attention, block_mask=block)
+
+
+def flex_frame_attention(q, k, v, mask):
+    """The same by flex_attention, which skips the masked blocks on a GPU."""
+    flex = _flex(tuple(map(tuple, mask.tolist())), q.shape[1] // mask.shape[0], k.shape[1] // mask.shape[1], q.device)
+    return flex(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames or None for all."""
+    if mask is not None and not mask.all():
+        return flex_frame_attention(q, k, v, mask) if q.is_cuda else block_row_attention(q, k, v, mask)
+    if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return flash_attn_func(q, k, v)
+    return dense_attention(q, k, v, None)
+
+
+def attention_path(device, dtype):
+    """Which kernels `attention` uses, for the line that scripts print at start."""
+    if torch.device(device).type != 'cuda':
+        return 'sdpa, masked: block rows'
+    half = dtype in (torch.float16, torch.bfloat16)
+    return ('flash-attn' if flash_attn_func and half else 'sdpa') + ', masked: flex_attention'
+
+
+class KVCache:
+    """Keys and values of a growing window of frames, preallocated. `end` frames are final; a forward pass with the
+    cache writes its frames behind them, and repeating it (the next denoising step) overwrites the same place.
+
+    k, v: per layer (B, frames * L, N, Dh). text: per layer the keys and values of the prompt, filled at first use.
+    """
+    def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
+        shape = cfg.num_layers, B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.frames, self.L, self.end = frames, L, 0
+        self.text = [None] * cfg.num_layers
+
+    def update(self, layer, k, v):
+        """Write this pass's k, v (B, n L, N, Dh) behind the final frames; return all keys and values so far."""
+        a = self.end * self.L
+        b = a + k.shape[1]
+        if b > self.frames * self.L:
+            raise IndexError(f'the cache holds {self.frames} frames; {b // self.L} are asked of it')
+        self.k[layer, :, a:b], self.v[layer, :, a:b] = k, v
+        return self.k[layer, :, :b], self.v[layer, :, :b]
+
+# -----------------------------------------------------------------------------
+# the transformer, under Wan2.1's parameter names
+
+def sinusoid(t, dim):
+    """Times (B, F) in [0, 1] -> (B, F, dim): [cos | sin] of 1000 t, angles in float64."""
+    angle = 1000 * t.double()[..., None] * 10000 ** (-torch.arange(dim // 2, device=t.device).double() / (dim // 2))
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def rotary_table(pos, h, w, Dh, device):
+    """Unit complex numbers (len(pos) h w, 1, Dh / 2), complex64, for frames at positions `pos` of an h x w grid.
+
+    Dh / 2 is shared by frame, row and column as in Wan, each axis with its own spectrum of base 10000.
+    """
+    spectrum = lambda n: 10000 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
+    n = 2 * (Dh // 6)
+    f = torch.tensor(pos, dtype=torch.float64)[:, None] * spectrum(Dh - 2 * n)
+    y, x = (torch.arange(s, dtype=torch.float64)[:, None] * spectrum(n) for s in (h, w))
+    angle = torch.cat([f[:, None, None].expand(-1, h, w, -1), y[None, :, None].expand(len(pos), -1, w, -1),
+                       x[None, None].expand(len(pos), h, -1, -1)], -1)
+    return torch.polar(torch.ones_like(angle), angle).flatten(0, 2)[:, None].to(device, torch.complex64)
+
+
+def rotate(x, table):
+    """Rotate the pairs (x[2j], x[2j+1]) of (B, S, N, Dh) by a rotary table."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Normalised in float32, cast back, then scaled, as in Wan (and, mixed with bf16, faster than torch's on a CPU)."""
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.dim
+        self.N = cfg.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(D, cfg.eps), RMSNorm(D, cfg.eps)   # over all heads together
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.N, -1))                                 # (B, S, N, Dh)
+
+    def keys_values(self, x):
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+    def self_attention(self, x, table, mask, cache, layer):
+        q, (k, v) = self.heads(self.norm_q(self.q(x))), self.keys_values(x)   # (B, S, N, Dh)
+        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                                  # (B, all so far, N, Dh)
+        return self.o(attention(q, k, v, mask).flatten(-2))
+
+    def cross_attention(self, x, text, cache, layer):
+        if cache is None or cache.text[layer] is None:
+            kv = self.keys_values(text)
+            if cache is not None:
+                cache.text[layer] = kv
+        else:
+            kv = cache.text[layer]
+        q = self.heads(self.norm_q(self.q(x)))
+        return self.o(attention(q.to(kv[1].dtype), kv[0].to(kv[1].dtype), kv[1]).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.dim
+        self.norm1, self.norm2 = (nn.LayerNorm(D, cfg.eps, elementwise_affine=False) for _ in range(2))
+        self.norm3 = nn.LayerNorm(D, cfg.eps)
+        self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
+        self.ffn = nn.Sequential(nn.Linear(D, cfg.ffn_dim), nn.GELU('tanh'), nn.Linear(cfg.ffn_dim, D))
+        self.modulation = nn.Parameter(torch.randn(1, 6, D) / D ** 0.5)
+
+    def forward(self, x, e0, text, table, mask, cache, layer):
+        B, S, D = x.shape
+        frames = lambda y: y.view(B, e0.shape[1], -1, D)                      # (B, S, D) -> (B, F, L, D)
+        m = (self.modulation + e0).unsqueeze(3).unbind(2)                     # 6 x (B, F, 1, D)
+        y = torch.addcmul(m[0], frames(self.norm1(x)), 1 + m[1]).view(B, S, D)
+        y = self.self_attn.self_attention(y, table, mask, cache, layer)
+        x = torch.addcmul(frames(x), frames(y).to(x.dtype), m[2]).view(B, S, D)
+        x = x + self.cross_attn.cross_attention(self.norm3(x), text, cache, layer)
+        y = self.ffn(torch.addcmul(m[3], frames(self.norm2(x)), 1 + m[4]).view(B, S, D))
+        return torch.addcmul(frames(x), frames(y).to(x.dtype), m[5]).view(B, S, D)
+
+
+class Head(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
+        self.head = nn.Linear(cfg.dim, cfg.patch ** 2 * cfg.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim ** 0.5)
+
+    def forward(self, x, e):                                                  # (B, F, L, D), (B, F, D)
+        shift, scale = (self.modulation + e[:, :, None]).unsqueeze(3).unbind(2)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """The network v(x_t, t, text, camera). One class is bidirectional, causal, teacher-forced or cached: that is up
+    to the mask, the positions and the cache it is called with."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, D = cfg, cfg.dim
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, D, (1, cfg.patch, cfg.patch), (1, cfg.patch, cfg.patch))
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, D), nn.GELU('tanh'), nn.Linear(D, D))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.head = Head(cfg)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.zeros_(self.head.head.weight)
+        nn.init.zeros_(self.time_projection[1].weight)
+        if cfg.camera == 'plucker':                     # no bias: a dropped camera is exactly a zero map
+            self.camera_embedding = nn.Linear(6 * cfg.patch ** 2, D, bias=False)
+            nn.init.zeros_(self.camera_embedding.weight)
+        self.tables = {}                                # rotary tables by (positions, h, w, device)
+
+    def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
+        """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F).
+
+        text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames or None;
+        mask (F, keys) bool or None for all; pos: F frame positions, by default 0.. or, with a cache, cache.end..
+        """
+        B, n, C, H, W = x.shape
+        p = self.cfg.patch
+        h, w = H // p, W // p
+        dtype = self.patch_embedding.weight.dtype
+        start = cache.end if cache is not None else 0
+        pos = tuple(range(start, start + n)) if pos is None else tuple(pos)
+        if (key := (pos, h, w, x.device)) not in self.tables:
+            self.tables[key] = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device)
+
+        patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
+        x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)   # (B, S, D)
+        with torch.autocast(x.device.type, enabled=False):                   # the residual stream and times stay fp32
+            x = x.to(dtype)
+            if camera is not None and self.cfg.camera == 'plucker':
+                rays = plucker(camera, H, W)
+                if camera.on is not None:
+                    rays = rays * camera.on.view(-1, 1, 1, 1, 1)
+                rays = rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
+                x = x + F.linear(rays, self.camera_embedding.weight.float()).to(dtype)
+            e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
+            e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
+        if cache is None or cache.text[0] is None:
+            text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, e0, text, self.tables[key], mask, cache, i)         # (B, S, D)
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.head(x.view(B, n, h * w, -1), e).float()                # (B, F, L, p p C), channel fastest
+        return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
+
+# -----------------------------------------------------------------------------
+# sampling a whole clip at once, with the bidirectional model
+
+@torch.no_grad()
+def sample_clip(model, noise, text, camera, times, first=None):
+    """Euler along the probability-flow ODE from noise (B, F, C, H, W); `first` (B, 1, C, H, W), if given, is frame 0."""
+    x, t = noise.clone(), torch.ones(noise.shape[:2], device=noise.device)
+    if first is not None:
+        x[:, :1] = first
+    for now, then in zip(times[:-1].tolist(), times[1:].tolist()):
+        step = t * (then - now)
+        step[:, :1] = 0 if first is not None else step[:, :1]
+        time = t * now
+        time[:, :1] = 0 if first is not None else time[:, :1]
+        x = x + step[..., None, None, None] * model(x, time, text, camera)
+    return x
+
+# -----------------------------------------------------------------------------
+# walking: the only chunk-by-chunk loop
+
+def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window=None, text_null=None):
+    """Generate a video chunk by chunk with a KV cache: yields clean chunks (B, n, C, H, W) for ever.
+
+    cameras    iterator of Camera, one per chunk (its frame count is the chunk's); poses in any world frame. It is
+               asked for a chunk's camera only when that chunk is due, so live keys may arrive late
+    text       (B, text_len, text_dim);  text_null: the null prompt, by default zeros
+    times      falling times of the Euler sampler, 1 .. 0 (Flow matching's probability-flow ODE)
+    noise      function n -> (B, n, C, H, W) that draws a chunk's noise
+    first      latents (B, n, C, H, W) of the first chunk, given at t = 0; else it is generated
+    guidance   s in v = v_null + s (v_cond - v_null); the null branch drops the text and shares the batch
+    window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
+               origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale
+
+    A chunk costs len(times) - 1 denoising calls and one clean call that writes its cache.
+    """
+    B = len(text)
+    twice = (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
+    if guidance != 1:
+        text = torch.cat([text, torch.zeros_like(text) if text_null is None else text_null])
+    history, cache, origin = [], None, None                # history: (latents, Camera) of each chunk in the window
+
+    @torch.no_grad()
+    def call(x, t, camera, **kw):
+        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on)
+        if guidance != 1:
+            camera = Camera.cat([camera, camera], 0)
+        t = torch.full((len(text), x.shape[1]), t, device=x.device)
+        v = model(twice(x), t, text, camera, cache=cache, **kw)
+        return v[B:] + guidance * (v[:B] - v[B:]) if guidance != 1 else v
+
+    for camera in cameras:
+        n = camera.K.shape[1]
+        x = noise(n) if first is None or history else first
+        if cache is None:
+            L = x.shape[-1] * x.shape[-2] // model.cfg.patch ** 2
+            dtype = model.patch_embedding.weight.dtype
+            cache = KVCache(model.cfg, len(text), window or 64, L, x.device, dtype)
+            origin = camera.c2w[:, 0]
+        if cache.end + n > cache.frames:                                      # full: keep the newest half
+            keep = history[-1:]
+            while history[:-len(keep)] and sum(c.K.shape[1] for _, c in keep) + n <= cache.frames // 2:
+                keep = history[-len(keep) - 1:]
+            ids = torch.cat([torch.full((c.K.shape[1],), i) for i, (_, c) in enumerate(keep)])
+            seen, kept = torch.cat([y for y, _ in keep], 1), Camera.cat([c for _, c in keep])
+            history, cache.end, origin = keep, 0, kept.c2w[:, 0]
+            call(seen, 0.0, kept, mask=causal_mask(ids))
+            cache.end = len(ids)
+        if first is None or history:
+            for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
+                x = x + (t_next - t) * call(x, t, camera)
+        call(x, 0.0, camera)                                                  # clean pass: write the cache
+        cache.end += n
+        history.append((x, camera))
+        yield x
+
+# -----------------------------------------------------------------------------
+# training helpers: device, optimizer, learning rate, EMA
+
+def pick_device(device='auto', dtype='auto', local_rank=0):
+    """(device, compute dtype). auto: cuda, else mps, else cpu; bfloat16 where the hardware multiplies it natively."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda':
+        torch.cuda.set_device(local_rank)
+    if dtype == 'auto':
+        native = device == 'cuda' or device == 'cpu' and any(
+            getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+        dtype = 'bfloat16' if native else 'float32'
+    if device not in ('cpu', 'cuda', 'mps') or dtype not in ('float32', 'bfloat16'):
+        raise BadInput(f'--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps; auto, float32 or bfloat16')
+    return torch.device(device), getattr(torch, dtype)
+
+
+def make_optimizers(model, lr, muon=True, betas=(0.9, 0.99), weight_decay=0.01):
+    """AdamW for all parameters or, with muon, torch.optim.Muon for the 2-D weights inside the blocks and AdamW for
+    the rest. Muon's step is scaled to AdamW's RMS (Moonlight), so one learning rate serves both."""
+    hidden = [p for n, p in model.named_parameters() if muon and n.startswith('blocks') and p.ndim == 2]
+    rest = [p for n, p in model.named_parameters() if not (muon and n.startswith('blocks') and p.ndim == 2)]
+    opts = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)]
+    if muon:
+        opts.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
+    return opts
+
+
+def learning_rate(step, steps, lr, warmup, decay):
+    """Linear warm-up over `warmup` steps, constant, then linear decay to 0 over the last fraction `decay`."""
+    return lr * min(1, (step + 1) / warmup, (steps - step) / (decay * steps + 1e-9))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay ema + (1 - decay) model, with a shorter memory in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.state_dict().values()], 1 - decay)
+
+# -----------------------------------------------------------------------------
+# checkpoints: safetensors only, written whole or not at all
+
+def save_tensors(path, tensors, meta):
+    """Write tensors and a JSON header to a temporary name, then rename: a crash leaves the old file."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    tmp = f'{path}.tmp{os.getpid()}'
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {'meta': json.dumps(meta)})
+    os.replace(tmp, path)
+
+
+def load_tensors(path):
+    """(tensors, header) of a file of save_tensors. Raises BadInput when it is missing, truncated or not safetensors."""
+    try:
+        with safe_open(path, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('meta', '{}'))
+    except FileNotFoundError:
+        raise BadInput(f'{path}: no such file; train it first or name another checkpoint') from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise BadInput(f'{path}: not a readable safetensors checkpoint ({e}); it may be truncated or a pickle, '
+                       'which is never loaded: make it again') from None
+
+
+def save_model(path, state, cfg, **meta):
+    """Weights under Wan's names, header {model: config, **meta}."""
+    save_tensors(path, state, {'model': asdict(cfg), **meta})
+
+
+def load_model(path, device='cpu', camera=None):
+    """(DiT, header) of a checkpoint. camera='plucker' may be added to a checkpoint without: it starts at zero."""
+    state, meta = load_tensors(path)
+    if set(meta.get('model', {})) != {f.name for f in fields(ModelConfig)}:
+        raise BadInput(f'{path}: its header holds no model config of ours; is it another kind of file?')
+    cfg = ModelConfig(**meta['model'])
+    new_camera = camera is not None and cfg.camera == 'none'
+    cfg.camera = camera if new_camera else cfg.camera
+    model = DiT(cfg)
+    want = {k: v.shape for k, v in model.state_dict().items() if not (new_camera and k.startswith('camera'))}
+    wrong = [k for k in sorted(want.keys() | state.keys()) if k not in want or k not in state or want[k] != state[k].shape]
+    if wrong:
+        raise BadInput(f'{path}: {len(wrong)} tensors do not fit its config, the first is {wrong[0]}: '
+                       'make the checkpoint again')
+    model.load_state_dict(state, strict=not new_camera)
+    return model.float().to(device), meta
+
+
+def save_resume(path, model, ema, optimizers, step, config):
+    """All that an exact continuation needs: raw weights, EMA, optimizer state, step, config; one file."""
+    tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | {f'ema.{k}': v for k, v in ema.items()}
+    for i, opt in enumerate(optimizers):
+        for p, state in opt.state_dict()['state'].items():
+            tensors |= {f'opt{i}.{p}.{k}': v for k, v in state.items()}
+    save_tensors(path, tensors, {'step': step, 'config': config})
+
+
+def load_resume(path, model, ema, optimizers, config):
+    """Undo save_resume in place; returns the step to go on from, 0 if there is no such file. Raises BadInput when the
+    file was made with another config."""
+    if not os.path.exists(path):
+        return 0
+    tensors, meta = load_tensors(path)
+    changed = [f'{k} {meta["config"].get(k)}, not {v}' for k, v in config.items() if meta['config'].get(k) != v]
+    if changed:
+        raise BadInput(f'{path} was made with {", ".join(changed)}: run that again to go on, or delete it to start over')
+    part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+    model.load_state_dict(part('model.'))
+    for k, v in part('ema.').items():
+        ema[k].copy_(v)
+    for i, opt in enumerate(optimizers):
+        state = {}
+        for k, v in part(f'opt{i}.').items():
+            state.setdefault(int(k.split('.')[0]), {})[k.split('.')[1]] = v
+        opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+    return meta['step']
+
+# -----------------------------------------------------------------------------
+# gates: is this stage healthy?
+
+HINTS = {'loss': 'look at the loss curve: rising or spiky means --lr too high, still falling means too few --steps',
+         'psnr@1': 'the next frame is off: too few --steps, or a wrong --init',
+         'gap': 'the camera is not followed: compare the strip with its keys; check pose signs and scale in the data'}
+
+
+def gate(stage, preset, metrics):
+    """Compare metrics with the thresholds of expected/<preset>.json; returns the line to print."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'expected', f'{preset}.json')
+    if not os.path.exists(path):
+        return f'gate: none for preset {preset} (expected/{preset}.json is missing)'
+    with open(path) as f:
+        limits = json.load(f).get(stage, {}).get('thresholds', {})
+    ok = {k: metrics[k] >= v if sign == '>=' else metrics[k] <= v for k, (sign, v) in limits.items()}
+    line = ', '.join(f'{k} {metrics[k]:.3g} {sign} {v:g}' for k, (sign, v) in limits.items())
+    advice = ''.join(f'\n  {k}: {HINTS.get(k.split("_")[0], HINTS["psnr@1"])}' for k in ok if not ok[k])
+    return f'gate: {"PASS" if all(ok.values()) else "FAIL"} {line}{advice}'

@@ -1,0 +1,97 @@
+"""The network against tensors made by the official Wan2.1 code and by minWM's (GOLDEN names the folder)."""
+import ast
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from model import DiT, ModelConfig, causal_mask, chunk_ids, rotary_table, rotate, schedule, sinusoid, teacher_forcing_mask
+
+GOLDEN = os.environ.get('GOLDEN')
+pytestmark = pytest.mark.skipif(not GOLDEN, reason='GOLDEN is not set: the folder of golden files')
+TOL = dict(rtol=0, atol=3e-5)
+
+
+def load(name):
+    with safe_open(f'{GOLDEN}/{name}.safetensors', 'pt') as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+        c = ast.literal_eval(f.metadata().get('config', '{}'))
+    if not c:
+        return tensors
+    cfg = ModelConfig(patch=c['patch_size'][1], camera='none',
+                      **{k: c[k] for k in ('dim', 'ffn_dim', 'num_heads', 'num_layers', 'freq_dim', 'text_dim', 'text_len')})
+    model = DiT(cfg)
+    model.load_state_dict({k[3:]: v for k, v in tensors.items() if k.startswith('sd.') and 'prope' not in k})
+    return tensors, model
+
+
+def pad(context, n=16):
+    return torch.cat([context, context.new_zeros(n - len(context), context.shape[1])])
+
+
+@torch.no_grad()
+def bidirectional(model, x, t, context):
+    """(C, F, H, W) at Wan's timestep t -> velocity (C, F, H, W)."""
+    x = x.transpose(0, 1)[None]
+    return model(x, (t / 1000).expand(1, x.shape[1]), pad(context)[None])[0].transpose(0, 1)
+
+
+def test_bidirectional():
+    g, model = load('wan_tiny_bidir')
+    torch.testing.assert_close(bidirectional(model, g['A.x'], g['A.t'], g['A.context']), g['A.out'], **TOL)
+    for i in range(2):                                   # case B, of two sizes, run unpadded
+        out = bidirectional(model, g[f'B.x{i}'], g['B.t'][i], g[f'B.context{i}'])
+        torch.testing.assert_close(out, g[f'B.out{i}'], **TOL)
+
+
+def test_parts():
+    g, model = load('wan_tiny_bidir')
+    torch.testing.assert_close(sinusoid(g['A.t'][None] / 1000, 32)[0], g['A.mid.sinusoid'], **TOL)
+    q = rotate(g['rope.q_in'], rotary_table(range(5), 4, 6, 32, 'cpu'))
+    torch.testing.assert_close(q, g['rope.q_out'], **TOL)
+    seen = {}
+    model.blocks[0].self_attn.o.register_forward_hook(lambda m, i, o: seen.update(block0_self_attn=o))
+    model.blocks[0].cross_attn.o.register_forward_hook(lambda m, i, o: seen.update(block0_cross_attn=o))
+    for k, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda m, i, o, k=k: seen.update({f'block{k}_out': o}))
+    model.text_embedding.register_forward_hook(lambda m, i, o: seen.update(context_emb=o))
+    bidirectional(model, g['A.x'], g['A.t'], g['A.context'])
+    assert len(seen) == 6
+    for name, value in seen.items():
+        torch.testing.assert_close(value, g[f'A.mid.{name}'], **TOL)
+
+
+@pytest.mark.parametrize('chunk', [1, 2])
+def test_teacher_forcing(chunk):
+    g, model = load('wan_tiny_causal_tf')
+    mask = teacher_forcing_mask(chunk_ids(4, chunk, first=chunk))
+    tokens = mask.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(tokens, g[f'mask_chunk{chunk}_2tok'].bool())
+    text = torch.stack([pad(g['context0']), pad(g['context1'])])
+    x, clean = g['x'].transpose(1, 2), g['clean_x'].transpose(1, 2)
+    t = g[f't_chunk{chunk}'] / 1000
+    context_times = [('', torch.zeros_like(t))] if chunk == 1 else [('', torch.zeros_like(t))]
+    for suffix, t_clean in context_times:
+        with torch.no_grad():
+            out = model(torch.cat([clean, x], 1), torch.cat([t_clean, t], 1), text, mask=mask, pos=[*range(4)] * 2)
+        torch.testing.assert_close(out[:, 4:].transpose(1, 2), g[f'out_chunk{chunk}_nocam{suffix}'], **TOL)
+
+
+def test_whole_clip_chunk_is_bidirectional():
+    g, model = load('wan_tiny_causal_tf')
+    ids = chunk_ids(4, 4, first=4)
+    assert causal_mask(ids).all()
+    text = torch.stack([pad(g['context0']), pad(g['context1'])])
+    x, clean, t = g['x'].transpose(1, 2), g['clean_x'].transpose(1, 2), g['t_chunk2'] / 1000
+    with torch.no_grad():
+        tf = model(torch.cat([clean, x], 1), torch.cat([0 * t, t], 1), text, mask=teacher_forcing_mask(ids),
+                   pos=[*range(4)] * 2)[:, 4:]
+        torch.testing.assert_close(tf, model(x, t, text), **TOL)
+
+
+def test_schedules():
+    g = load('wan_schedules')
+    torch.testing.assert_close(schedule(4, 5.0)[:4] * 1000, g['warp.out'].flatten()[:4].float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(schedule(48, 5.0)[:48], g['cd48.sigmas'], rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule(1000, 5.0)[:1000], g['train1000.sigmas'], rtol=0, atol=1e-6)

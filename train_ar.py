@@ -1,0 +1,232 @@
+"""
+Stage 1: the bidirectional camera model becomes a causal one, by teacher forcing.
+
+In:  clips with poses (data/lowpoly, made if missing) and the camera model (out/camera.safetensors).
+Out: out/ar.safetensors, which walks: python stream.py --ckpt out/ar.safetensors --keys "w*8,wl*8"
+
+    python train_ar.py                                                                    # laptop
+    torchrun --nproc_per_node=1 train_ar.py --preset small --batch 64                     # one GPU
+    torchrun --nproc_per_node=8 train_ar.py --preset small --batch 256                    # eight
+
+Different from minWM: 1) the mask is by frames and read row by row on a CPU, by flex_attention on a GPU; 2) the first
+chunk is one frame, so the model starts from a picture; 3) text and camera are dropped at random; 4) no weight over t;
+5) Muon and an EMA; 6) gradient accumulation is real.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from camera import BadInput, Camera
+from data import Clips, decode, get_batch, make, psnr, write_strip
+from data import Config as DataConfig
+from model import (PRESETS, DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume,
+                   make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shift_time,
+                   teacher_forcing_mask, update_ema)
+
+
+@dataclass
+class Config:
+    # what
+    preset: str = 'nano'          # model size, when there is no checkpoint to start from
+    init: str = 'out/camera.safetensors'
+    chunk: int = 0                # frames denoised together; 0: as the model is
+    data: str = 'data/lowpoly'    # folder of clips
+    out: str = 'out'              # folder for checkpoints, log and strip
+    # lengths
+    frames: int = 9               # frames of a training clip
+    steps: int = 1000
+    batch: int = 16               # effective batch: over all processes and micro-batches
+    accum: int = 1                # micro-batches a step, on each process
+    # optimizer
+    lr: float = 3e-3
+    warmup: int = 50              # steps
+    decay: float = 0.5            # last fraction of the steps, over which lr falls to 0
+    muon: bool = True             # Muon for the blocks' matrices; False: AdamW alone
+    clip: float = 1.0             # gradient norm
+    ema: float = 0.995
+    # objective
+    drop_text: float = 0.1
+    drop_camera: float = 0.1
+    # run
+    seed: int = 0
+    device: str = 'auto'          # auto | cpu | cuda | mps
+    dtype: str = 'auto'           # compute: auto | float32 | bfloat16
+    log: int = 50                 # steps between log lines
+    save: int = 200               # steps between resume checkpoints
+    sample_steps: int = 16        # Euler steps of the evaluation
+
+# -----------------------------------------------------------------------------
+# the lesson: teacher forcing over [clean | noisy] (Causal Forcing, section 3.1; one time per chunk)
+
+def loss_fn(model, cfg, batch):
+    """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F))."""
+    B, F = batch.x0.shape[:2]
+    model_cfg = getattr(model, 'module', model).cfg
+    u_text, u_camera = batch.u[:, F + 1:F + 3].unbind(1)
+    # 1) one noise level per chunk, all independent: every chunk meets every level with clean history before it
+    ids = chunk_ids(F, model_cfg.chunk, model_cfg.first)
+    t = shift_time(batch.u[:, ids], model_cfg.shift)
+    x_t = add_noise(batch.x0, batch.eps, t)
+    # 2) the prompt or the camera is dropped in some clips
+    text = batch.text * (u_text >= cfg.drop_text).float()[:, None, None]
+    camera = Camera(batch.camera.c2w, batch.camera.K, u_camera >= cfg.drop_camera)
+    # 3) the history and the noisy video in one sequence: same positions, same cameras, the history at t = 0.
+    #    The mask (model.py draws it) lets noisy chunk i see clean chunks < i and itself
+    v = model(torch.cat([batch.x0, x_t], 1), torch.cat([torch.zeros_like(t), t], 1), text,
+              Camera.cat([camera, camera]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, F:]
+    # 4) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
+    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))
+    return error.mean(), error, t
+
+# -----------------------------------------------------------------------------
+# evaluate: walk held-out paths from their first frame, each chunk upon what was generated before
+
+@torch.no_grad()
+def evaluate(model, cfg, clips, device, strip=None):
+    """Validation loss, PSNR to the true frames on the right path and on another clip's path."""
+    n = min(64, len(clips))
+    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
+    metrics = {'val_loss': loss_fn(model, cfg, batch)[0].item()}
+    sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
+
+    def generate(c2w):
+        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
+        noise = iter(batch.eps.split(sizes, 1))
+        first = batch.x0[:, :1] if sizes[0] == 1 else None
+        return decode(torch.cat(list(rollout(model, cameras, batch.text, schedule(cfg.sample_steps, model.cfg.shift),
+                                             lambda n: next(noise), first, window=cfg.frames)), 1))
+    truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255
+    last = min(7, cfg.frames - 1)
+    walk, wrong = generate(batch.camera.c2w), generate(batch.camera.c2w.roll(-1, 0))
+    right, wrong = psnr(walk, truth).mean(0).tolist(), psnr(wrong, truth).mean(0).tolist()
+    metrics |= {'psnr@1': right[1], f'psnr@{last}': right[last], f'gap@{last}': right[last] - wrong[last]}
+    if strip:
+        write_strip(strip, truth[:6], walk[:6])
+    return metrics
+
+# -----------------------------------------------------------------------------
+# the model: from --init, else from checkpoints/, else from scratch
+
+def start_model(cfg, device, say):
+    shipped = os.path.join('checkpoints', os.path.basename(cfg.init))
+    for path in (cfg.init, shipped):
+        if os.path.exists(path):
+            model, header = load_model(path, device)
+            say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
+            break
+    else:
+        if cfg.preset not in PRESETS:
+            raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
+        say(f'start from scratch: there is no {cfg.init}')
+        model = DiT(replace(PRESETS[cfg.preset])).to(device)
+    model.cfg.chunk = cfg.chunk or model.cfg.chunk
+    chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)                  # raises if it does not divide
+    return model
+
+# -----------------------------------------------------------------------------
+# same in every stage: setup
+
+def main(cfg, stage):
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device, dtype = pick_device(cfg.device, cfg.dtype, int(os.environ.get('LOCAL_RANK', 0)))
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    say = print if rank == 0 else lambda *a: None
+    micro = cfg.batch // (world * cfg.accum)
+    if micro * world * cfg.accum != cfg.batch:
+        raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
+    if rank == 0:
+        os.makedirs(cfg.out, exist_ok=True)
+        if not os.path.exists(f'{cfg.data}/manifest.json'):
+            make(DataConfig(out=cfg.data))
+    if world > 1:
+        dist.barrier()
+    clips, held_out = Clips(cfg.data), Clips(cfg.data, 'val')
+    torch.manual_seed(cfg.seed)
+    model = start_model(cfg, device, say)
+
+    # -------------------------------------------------------------------------
+    # same in every stage: optimizer, resume, loop
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log', 'save')}
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon)
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    path = f'{cfg.out}/{stage}'
+    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
+    if start:
+        say(f'go on from {path}.resume.safetensors, step {start}')
+    net = DistributedDataParallel(model) if world > 1 else model
+    tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
+    say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
+        f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
+        f'{attention_path(device, dtype)}, {len(clips)} clips')
+    if rank == 0:
+        lines = open(f'{path}.jsonl').read().splitlines() if start and os.path.exists(f'{path}.jsonl') else []
+        log = open(f'{path}.jsonl', 'w')
+        log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
+    total, levels, began = 0.0, torch.zeros(2, 4), time.time()
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
+    for step in bar:
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+        for i in range(cfg.accum):
+            batch = get_batch(clips, step * cfg.batch + (rank * cfg.accum + i) * micro, micro, cfg.frames,
+                              model.cfg, cfg.seed, device)
+            net.require_backward_grad_sync = i == cfg.accum - 1
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, error, t = loss_fn(net, cfg, batch)
+            (loss / cfg.accum).backward()
+            total += loss.item() / cfg.accum
+            for b in range(4):                                               # loss by noise level
+                inside = (t > b / 4) & (t <= (b + 1) / 4)
+                levels[:, b] += torch.stack([error[inside].sum(), inside.sum()]).detach().cpu()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group['lr'] = lr
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        update_ema(ema, model, cfg.ema, step)
+        if rank == 0 and ((step + 1) % cfg.log == 0 or step + 1 == cfg.steps):
+            n = step % cfg.log + 1 if step + 1 - start >= cfg.log else step + 1 - start
+            ms = (time.time() - began) * 1e3 / n
+            line = dict(step=step + 1, loss=total / n, levels=(levels[0] / levels[1].clamp(min=1)).tolist(), norm=norm,
+                        lr=lr, ms=ms, frames_s=cfg.batch * cfg.frames / ms * 1e3, batch=cfg.batch)
+            tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} | by t ' +
+                       ' '.join(f'{x:.3f}' for x in line['levels']) +
+                       f' | norm {norm:6.3f} | lr {lr:.1e} | {ms:6.0f} ms | {line["frames_s"]:6.0f} frames/s')
+            log.write(json.dumps(line) + '\n')
+            log.flush()
+            total, levels, began = 0.0, torch.zeros(2, 4), time.time()
+        if rank == 0 and ((step + 1) % cfg.save == 0 or step + 1 == cfg.steps):
+            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
+
+    # -------------------------------------------------------------------------
+    # same in every stage: save the EMA, evaluate, gate
+    if rank == 0:
+        model.load_state_dict(ema)
+        metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
+        save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
+                   frames=cfg.frames, data=held_out.manifest, command=' '.join(sys.argv))
+        print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+        print(gate(stage, cfg.preset, metrics))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
+        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+    cfg = Config(**vars(parser.parse_args()))
+    try:
+        main(cfg, 'ar')
+    except (BadInput, OSError) as e:
+        sys.exit(f'error: {e}')
