@@ -97,6 +97,12 @@ class Lowpoly:
         self.balls = torch.tensor(np.stack([g[1] for g in geometry]), dtype=torch.float32, device=device)
         self.colours = torch.stack([make_palette(p)[1] for p in palettes]).to(device)
 
+    def only(self, b):
+        """World b alone, as a batch of one."""
+        one = object.__new__(Lowpoly)
+        one.boxes, one.balls, one.colours = self.boxes[b:b + 1], self.balls[b:b + 1], self.colours[b:b + 1]
+        return one
+
     def shade(self, o, d):
         """Colour (B, R, 3), distance (B, R) and surface (B, R), a number that jumps at edges, of the rays o + s d,
         d of unit length, (B, R, 3) each. Each object is one pass that keeps the nearest hit so far."""

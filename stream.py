@@ -1,0 +1,419 @@
+"""
+Walk through a trained world, score it, time it.
+
+    python stream.py --ckpt out/ar.safetensors --keys "w*8,wl*8"                 # out/walk.mp4, keys drawn on it
+    python stream.py --ckpt out/ar.safetensors --first picture.png               # start from any picture
+    python stream.py --ckpt out/ar.safetensors --first prompt --prompt "day sky green floor red and blue walls"
+    python stream.py --ckpt out/ar.safetensors --score out/score.json            # 64 held-out paths against the truth
+    python stream.py --ckpt out/ar.safetensors --bench out/bench.json            # frames a second, latency, memory
+
+    w s  forward, back        j l  look left, right        a key is 0.25 m or 10 degrees; "wl*8" holds w and l
+    a d  left, right          i k  look up, down           for 8 frames; "*4" stands still for 4
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, fields
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from camera import (BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
+                    rays, relative)
+from data import ARENA, Clips, Lowpoly, decode, embed_text, encode, lowpoly_clips, psnr, write_strip
+from data import Config as DataConfig
+from model import chunk_ids, load_model, pick_device, rollout, schedule
+
+
+@dataclass
+class Config:
+    ckpt: str = 'out/ar.safetensors'
+    # the walk
+    keys: str = 'w*6,wl*9,w*6,j*6,wj*6'
+    poses: str = ''               # instead of keys: JSON, a list of 4x4 c2w or minWM's {"0": {"extrinsic": c2w}, ...}
+    first: str = 'world'          # frame 0: world (held-out clip --clip), prompt (dreamt), or a picture file
+    clip: int = 0
+    prompt: str = ''              # empty: the clip's own caption
+    out: str = 'out/walk.mp4'     # .mp4 or .gif
+    truth: bool = False           # lowpoly: the exact render beside the dream
+    fps: int = 8
+    # sampling
+    steps: int = 16               # Euler steps a chunk
+    guidance: float = 1.0         # 1: none
+    window: int = 0               # frames the cache holds; 0: as trained
+    seed: int = 0
+    # instead of a walk
+    score: str = ''               # file for the scores
+    frames: int = 0               # frames of a scored path; 0: as trained
+    bench: str = ''               # file for the timings
+    data: str = 'data/doom'       # doom: folder with the held-out clips (lowpoly's are rendered anew)
+    device: str = 'auto'
+    dtype: str = 'float32'        # float32 | bfloat16
+
+# -----------------------------------------------------------------------------
+# the world that a checkpoint was trained on
+
+def held_out(cfg, header, indices):
+    """Held-out clips as data.py makes them: (dict of tensors with leading dim n, captions)."""
+    recipe = header['data']['recipe']
+    if recipe['world'] == 'lowpoly':
+        return lowpoly_clips(DataConfig(**recipe), 1, indices)
+    clips = Clips(cfg.data, 'val')
+    keys = ('frames', 'c2w', 'K', 'plan', 'palette')
+    rows = [clips.read(i % len(clips), keys) for i in indices]
+    return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i % len(clips)] for i in indices]
+
+
+def load_picture(path, height, width):
+    """Any picture file -> (1, height, width, 3) uint8, centre-cropped to the aspect and resized."""
+    try:
+        picture = Image.open(path).convert('RGB')
+    except OSError as e:
+        raise BadInput(f'--first {path}: not a readable picture ({e}); say world, prompt, or name a picture') from None
+    s = min(picture.width / width, picture.height / height)
+    w, h = width * s, height * s
+    left, top = (picture.width - w) / 2, (picture.height - h) / 2
+    return torch.from_numpy(np.array(picture.resize((width, height), Image.LANCZOS, (left, top, left + w, top + h))))[None]
+
+
+def load_poses(path):
+    """Pose file -> c2w (F, 4, 4). Raises BadInput that names the file and the pose."""
+    try:
+        with open(path) as f:
+            poses = json.load(f)
+        if isinstance(poses, dict):
+            poses = [poses[k]['extrinsic'] for k in sorted(poses, key=int)]
+        c2w = torch.tensor(poses, dtype=torch.float32)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise BadInput(f'--poses {path}: not a list of 4x4 matrices, nor minWM pose JSON ({e})') from None
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4):
+        raise BadInput(f'--poses {path}: shape {tuple(c2w.shape)}, wanted (frames, 4, 4)')
+    R = c2w[:, :3, :3]
+    bad = ~((R @ R.mT - torch.eye(3)).abs().amax((1, 2)) < 1e-3)
+    if bad.any():
+        raise BadInput(f'--poses {path}: pose {int(bad.nonzero()[0])} is not a rotation and a translation')
+    return c2w
+
+# -----------------------------------------------------------------------------
+# walking
+
+def walk(model, cfg, header, c2w, K, captions, first, noise):
+    """Generator of pictures (B, n, H, W, 3) in [0, 1] along c2w (B, F, 4, 4): the one path of walk, score and bench."""
+    m = model.cfg
+    sizes = torch.bincount(chunk_ids(c2w.shape[1], m.chunk, m.first)).tolist()
+    cameras = (Camera(a, K[:, None].expand(-1, a.shape[1], -1)) for a in c2w.split(sizes, 1))
+    text = embed_text(captions, m.text_len, m.text_dim).to(c2w.device)
+    for z in rollout(model, cameras, text, schedule(cfg.steps, m.shift), noise, first, cfg.guidance,
+                     cfg.window or header['frames']):
+        yield decode(z)
+
+
+def noise_for(seeds, shape, device):
+    """noise(n) for rollout: sample b's numbers depend on seeds[b] alone."""
+    rngs = [np.random.default_rng([9, s]) for s in seeds]
+    return lambda n: torch.from_numpy(np.stack([r.standard_normal((n, *shape), dtype=np.float32) for r in rngs])).to(device)
+
+
+def draw(picture, keys, scale):
+    """A picture (H, W, 3) uint8, enlarged, with the keyboard on it; the keys that are held light up."""
+    image = Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), Image.BICUBIC)
+    pen = ImageDraw.Draw(image, 'RGBA')
+    size = image.height // 14
+    for left, rows in ((size // 2, (' w ', 'asd')), (image.width - 7 * size // 2, (' i ', 'jkl'))):
+        for r, row in enumerate(rows):
+            for c, key in enumerate(row.strip().center(3)):
+                if key == ' ':
+                    continue
+                x, y = left + c * size, image.height - (5 - 2 * r) * size // 2
+                held = key in keys
+                pen.rounded_rectangle((x, y, x + size - 3, y + size - 3), size // 5,
+                                      (255, 255, 255, 230) if held else (0, 0, 0, 90))
+                pen.text((x + size / 2 - 1, y + size / 2 - 1), key.upper(), (0, 0, 0, 255) if held else (255, 255, 255, 160),
+                         anchor='mm', font_size=int(size * .6))
+    return np.array(image)
+
+
+def write_video(path, pictures, fps):
+    """.mp4 or .gif from a list of (H, W, 3) uint8, written under a temporary name, then renamed."""
+    end = os.path.splitext(path)[1]
+    if end not in ('.mp4', '.gif'):
+        raise BadInput(f'--out {path}: end it in .mp4 or .gif')
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    tmp = f'{path}.tmp{os.getpid()}{end}'
+    if end == '.gif':
+        iio.imwrite(tmp, pictures, duration=1000 / fps, loop=0)
+    else:
+        iio.imwrite(tmp, pictures, fps=fps, codec='libx264', macro_block_size=2, output_params=['-crf', '18'])
+    os.replace(tmp, path)
+
+
+def walk_to_file(model, cfg, header, device):
+    recipe = header['data']['recipe']
+    H, W = recipe['height'], recipe['width']
+    world, captions = held_out(cfg, header, [cfg.clip])
+    path = load_poses(cfg.poses) if cfg.poses else keys_to_poses(cfg.keys)
+    path = relative(path[None])
+    keys = [''] + (poses_to_keys(path[0]) if cfg.poses else parse_keys(cfg.keys))
+    tail = (len(keys) - model.cfg.first) % model.cfg.chunk                    # a last, partial chunk is left out
+    path, keys = path[:, :len(keys) - tail], keys[:len(keys) - tail]
+    if cfg.first == 'prompt':
+        first = None
+    else:
+        picture = world['frames'][:, 0] if cfg.first == 'world' else load_picture(cfg.first, H, W)
+        first = encode(picture)[:, None].to(device)
+    noise = noise_for([cfg.seed], (model.cfg.in_dim, H // 8, W // 8), device)
+    frames = torch.cat(list(walk(model, cfg, header, path.to(device), world['K'].to(device),
+                                 [cfg.prompt or captions[0]], first, noise)), 1)[0]
+    scale = max(1, 384 // H)
+    pictures = [draw(x, k, scale) for x, k in zip((frames * 255).round().byte().cpu().numpy(), keys)]
+    if cfg.truth:
+        if recipe['world'] != 'lowpoly' or cfg.first != 'world':
+            raise BadInput('--truth True: only lowpoly, started from its own frame, can be rendered exactly')
+        c2w = world['c2w'][:, :1] @ path
+        exact = Lowpoly(world['plan'].tolist(), world['palette'].tolist()).render(
+            c2w, world['K'][:, None].expand(-1, c2w.shape[1], -1), H * scale, W * scale)[0][0]
+        pictures = [np.concatenate(p, 1) for p in zip((exact * 255).round().byte().numpy(), pictures)]
+    write_video(cfg.out, pictures, cfg.fps)
+    print(f'{cfg.out}: {len(pictures)} frames, {cfg.steps} steps a frame')
+
+# -----------------------------------------------------------------------------
+# scoring: where was this picture taken? Only for lowpoly, whose every view can be rendered
+
+def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
+    """Poses (B, M, 4, 4) at which the pictures (B, M, H, W, 3) of B lowpoly worlds were taken, by looking alone.
+
+    frame (M,): which frame of a walk from `start` (B, 4, 4) each picture is. A bank of small views of each world, on a
+    grid of 0.25 m x 10 degrees (yaw and pitch) over all that a walk can reach by that frame (frame + 2 key units), is
+    matched by one product; the two best are refined by damped Gauss-Newton on (x, z, yaw, pitch) against small
+    renders, and the better fit counts. The commanded path is never looked at.
+    """
+    B, M = pictures.shape[:2]
+    small = lambda n: F.interpolate(pictures.flatten(0, 1).movedim(-1, 1), (n, n), mode='area').movedim(1, -1).view(B, M, n, n, 3)
+    query, reach = small(12).flatten(2), int(frame.max()) + 2
+    yaw0 = torch.rad2deg(torch.atan2(start[:, 0, 2], start[:, 2, 2]))
+    # the places, and one panorama of 6 degrees a cell from each, from which the views of all directions are read
+    grid = torch.arange(-reach, reach + 1) * metres
+    places = torch.stack(torch.meshgrid(grid, grid, indexing='ij'), -1).flatten(0, 1)               # (P, 2)
+    places = places[places.norm(dim=1) <= reach * metres + 1e-3]
+    n = min(reach, int(180 / degrees))
+    turns, pitches = torch.arange(-n, n + 1) * degrees, torch.arange(-3, 4) * degrees
+    turn, pitch = (x.flatten() for x in torch.meshgrid(turns, pitches, indexing='ij'))              # (T,)
+    views = make_pose(torch.zeros(len(turn), 3), turn, pitch)[:, :3, :3]
+    down, round_ = torch.meshgrid(torch.arange(-69., 70, 6), torch.arange(-177., 180, 6), indexing='ij')
+    around = make_pose(torch.zeros(*down.shape, 3), round_, -down)[..., :3, 2].flatten(0, 1)         # (24 x 60, 3)
+    starts = []
+    for b in range(B):
+        one = world.only(b)
+        o = start[b, :3, 3] + F.pad(places, (0, 1))[:, [0, 2, 1]]                                    # (P, 3)
+        inside = (o[:, ::2].abs() < ARENA).all(1)
+        o = o[inside]
+        d = around @ make_pose(torch.zeros(3), yaw0[b], torch.zeros(()))[:3, :3].T
+        pano = one.shade(o[None].repeat_interleave(len(d), 1), d.repeat(len(o), 1)[None])[0].view(len(o), *down.shape, 3)
+        v = torch.einsum('tij,hwj->thwi', views, rays(torch.eye(4), K[b], 12, 12)[1])                # (T, 12, 12, 3)
+        i = ((torch.rad2deg(torch.asin(v[..., 1])) + 72) / 6).long().clamp(0, len(down) - 1)
+        j = ((torch.rad2deg(torch.atan2(v[..., 0], v[..., 2])) + 180) / 6).long() % down.shape[1]
+        bank = pano[:, i, j].flatten(0, 1).flatten(1)                                                # (P T, 12 12 3)
+        distance = bank.square().sum(1) - 2 * query[b] @ bank.T                                      # (M, P T)
+        far = torch.maximum(places[inside].norm(dim=1)[:, None] / metres, turn.abs() / degrees).flatten()
+        top = distance.masked_fill(far > frame[:, None] + 2.01, torch.inf).topk(2, 1, largest=False)[1]
+        p, t = top // len(turn), top % len(turn)
+        starts.append(torch.stack([o[p][..., 0], o[p][..., 2], yaw0[b] + turn[t], pitch[t]], -1))    # (M, 2, 4)
+    # refine all candidates together; pictures are compared at 32 x 32, slightly blurred
+    blur = lambda x: F.avg_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 1, 1).flatten(1).view(*x.shape[:2], -1).double()
+    target = blur(small(32)).repeat_interleave(2, 1)
+
+    def look(s):
+        at = torch.stack([s[..., 0], start[:, None, 1, 3].double().expand_as(s[..., 0]), s[..., 1]], -1)
+        c2w = make_pose(at, s[..., 2], s[..., 3]).float()
+        views = [world.only(b).render(c2w[b:b + 1], K[b].expand(1, 2 * M, 4), 32, 32, edges=.2)[0] for b in range(B)]
+        return blur(torch.cat(views)), c2w
+    state = torch.stack(starts).flatten(1, 2).double()                                               # (B, M 2, 4)
+    view, c2w = look(state)
+    cost, damp = (view - target).square().sum(-1), torch.full(state.shape[:2], 1e-2, dtype=torch.float64)
+    unit = torch.tensor([.04, .04, 1., 1.], dtype=torch.float64)                                     # steps of the Jacobian
+    for _ in range(7):
+        J = torch.stack([look(state + unit * e)[0] - view for e in torch.eye(4, dtype=torch.float64)], -1)
+        A, g = J.mT @ J, J.mT @ (target - view)[..., None]
+        A = A + damp[..., None, None] * torch.diag_embed(A.diagonal(dim1=-2, dim2=-1) + 1e-6)
+        new = state + unit * torch.linalg.solve(A, g)[..., 0].clamp(-10, 10)
+        new_view, new_c2w = look(new)
+        new_cost = (new_view - target).square().sum(-1)
+        better = new_cost < cost
+        pick = lambda a, b: torch.where(better.view(*better.shape, *[1] * (a.ndim - 2)), a, b)
+        state, view, c2w, cost = pick(new, state), pick(new_view, view), pick(new_c2w, c2w), pick(new_cost, cost)
+        damp = torch.where(better, damp / 3, damp * 4)
+    winner = cost.view(B, M, 2).argmin(-1)[..., None, None, None].expand(-1, -1, 1, 4, 4)
+    return c2w.view(B, M, 2, 4, 4).gather(2, winner)[:, :, 0]
+
+
+def seen_mask(depth, c2w, K):
+    """Which pixels of each frame show what frame 0 saw: (B, F, H, W) bool from distances, poses and K (B, 4)."""
+    H, W = depth.shape[2:]
+    o, d = rays(c2w, K[:, None].expand(-1, depth.shape[1], -1), H, W)
+    point = o[:, :, None, None] + depth[..., None] * d
+    w2c = invert(c2w[:, 0])
+    p = torch.einsum('bij,bfhwj->bfhwi', w2c[:, :3, :3], point) + w2c[:, None, None, None, :3, 3]
+    k = K[:, None, None, None]
+    uv = p[..., :2] / p[..., 2:].clamp(min=1e-6) * k[..., :2] + k[..., 2:]
+    inside = (p[..., 2] > 1e-6) & (uv > 0).all(-1) & (uv < 1).all(-1)
+    nearest = F.grid_sample(depth[:, :1], (uv * 2 - 1).flatten(1, 2), 'nearest', align_corners=False)
+    return inside & (p.norm(dim=-1) < 1.05 * nearest.view(depth.shape) + .1)
+
+
+def frechet(a, b):
+    """Fréchet distance of two sets of pictures (n, H, W, 3), between Gaussians fitted to 80 features of each: 4 x 4
+    means of the colours, of the luma's gradient energy and of its square root."""
+    def features(x):
+        x = x.movedim(-1, 1).double()
+        luma = x.mean(1, keepdim=True)
+        energy = F.pad(luma.diff(dim=-1), (0, 1)).square() + F.pad(luma.diff(dim=-2), (0, 0, 0, 1)).square()
+        return F.adaptive_avg_pool2d(torch.cat([x, energy * 10, energy.sqrt()], 1), 4).flatten(1)
+    x, y = features(a), features(b)
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()       # tr (cx cy)^1/2
+    return ((x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
+
+
+def score(model, cfg, header, device):
+    """Walk 64 held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
+    recipe = header['data']['recipe']
+    n = min(64, recipe['val_clips'])
+    world, captions = held_out(cfg, header, range(n))
+    length = min(cfg.frames or header['frames'], world['c2w'].shape[1])
+    truth, c2w, K = world['frames'][:, :length].float() / 255, world['c2w'][:, :length], world['K']
+    z = encode(truth)
+    ceiling = decode(z)
+
+    def generate(poses):
+        noise = noise_for([cfg.seed * 1000 + i for i in range(n)], z.shape[2:], device)
+        return torch.cat(list(walk(model, cfg, header, relative(poses).to(device), K.to(device), captions,
+                                   z[:, :1].to(device), noise)), 1).cpu()
+    dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
+    p = psnr(dream, truth)
+    luma = lambda x: x.mean(-1)
+    sharp = lambda x: luma(x).diff(dim=-1).square().mean((-2, -1)) + luma(x).diff(dim=-2).square().mean((-2, -1))
+    motion = lambda x: x.diff(dim=1).square().mean((-3, -2, -1))
+    ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
+    frame = torch.arange(1, length, dtype=torch.float64)
+    out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(),
+               psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
+               psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
+               psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharp), motion=[None] + ratio(motion),
+               drift_db_per_frame=np.polyfit(frame, p.mean(0)[1:].double(), 1)[0].item(),
+               fd=frechet(dream[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
+               fd_ceiling=frechet(ceiling[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
+               fd_features='4x4 means of RGB, luma gradient energy and its root')
+    if recipe['world'] == 'lowpoly':
+        lowpoly = Lowpoly(world['plan'].tolist(), world['palette'].tolist())
+        views = K[:, None].expand(-1, length, -1)
+        seen = seen_mask(torch.cat([lowpoly.render(c2w, views, *truth.shape[2:4], edges=0)[1]]), c2w, K)
+        error = (dream.clamp(0, 1) - truth).square().mean(-1)
+        for name, mask in (('psnr_seen', seen), ('psnr_unseen', ~seen)):
+            share = mask.float().mean((2, 3))
+            mse = (error * mask).mean((2, 3)) / share.clamp(min=1e-6)
+            value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
+            out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
+        found = locate(lowpoly, torch.cat([x[:, 1:] for x in (truth, ceiling, dream)], 1),
+                       torch.arange(1, length).repeat(3), c2w[:, 0], K)
+        rot, trans = (x.view(n, 3, -1) for x in pose_error(found, c2w[:, 1:].repeat(1, 3, 1, 1)))
+        lost = (rot[:, 0] > 2) | (trans[:, 0] > .15)         # the true frame itself cannot be located: a bare wall
+        median = lambda x: [None] + x.masked_fill(lost, torch.nan).nanmedian(0)[0].tolist()
+        out |= dict(rot_err_deg=median(rot[:, 2]), trans_err_m=median(trans[:, 2]), rot_err_deg_ceiling=median(rot[:, 1]),
+                    trans_err_m_ceiling=median(trans[:, 1]), n_dropped=int(lost.sum()), n_views=lost.numel())
+    if cfg.score:
+        write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6], dream[:6])
+    return out | dict(n_paths=n, steps=cfg.steps, guidance=cfg.guidance, world=recipe['world'], plans=recipe['plans'],
+                      ckpt=cfg.ckpt, seed=cfg.seed)
+
+# -----------------------------------------------------------------------------
+# timing
+
+def bench(model, cfg, header, device, frames=2100):
+    """Random keys, unpaced, one path; the first 20 frames are left out. Latency: key received to frame bytes."""
+    recipe, m = header['data']['recipe'], model.cfg
+    H, W = recipe['height'], recipe['width']
+    rng, stamps, decoder = np.random.default_rng(cfg.seed), [], []
+    began = time.perf_counter()
+    world, captions = held_out(cfg, header, [cfg.clip])
+    text = embed_text(captions, m.text_len, m.text_dim).to(device)
+
+    def cameras():
+        state = (0., 0., 0.), 0., 0.
+        while True:
+            n = m.first if not stamps else m.chunk
+            stamps.append(time.perf_counter())                                # the key is received
+            states = [state := move(*state, rng.choice(['w', 'l', 'j', 'wl', 'wj'])) for _ in range(n)]
+            pose = make_pose(*(torch.tensor(x, dtype=torch.float32) for x in zip(*states)))
+            yield Camera(pose[None].to(device), world['K'][:, None].expand(-1, n, -1).to(device))
+    noise = noise_for([cfg.seed], (m.in_dim, H // 8, W // 8), device)
+    done = []
+    for z in rollout(model, cameras(), text, schedule(cfg.steps, m.shift), noise, encode(world['frames'][:, :1]).to(device),
+                     cfg.guidance, cfg.window or header['frames']):
+        start = time.perf_counter()
+        (decode(z) * 255).round().byte().cpu().numpy().tobytes()
+        done.append(time.perf_counter())
+        decoder.append(done[-1] - start)
+        if len(done) * m.chunk >= frames:
+            break
+    stamps, done, decoder = np.array(stamps[:len(done)]), np.array(done), np.array(decoder)
+    latency, warm = (done - stamps) * 1e3, 20
+    per_frame = np.diff(done)[warm:].mean() / m.chunk
+    near = lambda i: float(np.median(latency[max(1, i // m.chunk - 40):i // m.chunk + 40]))
+    # the floor: the arithmetic of one frame at the matrix product's own speed, or its weights at memory speed
+    tokens, window = H * W // 64 // m.patch ** 2, cfg.window or header['frames']
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'text' not in n)
+    calls = (cfg.steps + 1 / m.chunk) * (1 + (cfg.guidance != 1))
+    flops = calls * tokens * (2 * weights + 4 * m.num_layers * m.dim * tokens * window * .75)
+    a = torch.randn(1024, 1024, device=device, dtype=next(model.parameters()).dtype)
+    speed = []
+    for _ in range(10):
+        t = time.perf_counter()
+        (a @ a).sum().item()
+        speed.append(2 * 1024 ** 3 / (time.perf_counter() - t))
+    floor = flops / max(speed)
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
+    return dict(fps=1 / per_frame, fps_denoiser=1 / (per_frame - decoder[warm:].mean() / m.chunk),
+                latency_ms_p50=float(np.percentile(latency[warm:], 50)), latency_ms_p95=float(np.percentile(latency[warm:], 95)),
+                latency_growth=near(2000) / near(100), first_frame_s=float(done[1] - began), peak_mb=peak,
+                floor_ratio=per_frame / floor, device=f'{device}, {torch.get_num_threads()} threads',
+                dtype=str(a.dtype), height=H, width=W, steps=cfg.steps, chunk=m.chunk)
+
+
+def main(cfg):
+    parse_keys(cfg.keys)                                                      # complain before the work
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    if cfg.steps < 1:
+        raise BadInput(f'--steps {cfg.steps}: at least 1')
+    model, header = load_model(cfg.ckpt, device)
+    model = model.to(dtype).eval()
+    for name, work in (('score', score), ('bench', bench)):
+        if path := getattr(cfg, name):
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            result = work(model, cfg, header, device)
+            with open(f'{path}.tmp', 'w') as f:
+                json.dump(result, f, indent=1)
+            os.replace(f'{path}.tmp', path)
+            for k, v in result.items():
+                print(f'{k:20s}', ' '.join('     -' if x is None else f'{x:6.2f}' for x in v) if isinstance(v, list) else
+                      f'{v:.4g}' if isinstance(v, float) else v)
+    if not (cfg.score or cfg.bench):
+        walk_to_file(model, cfg, header, device)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
+        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (BadInput, OSError) as e:
+        sys.exit(f'error: {e}')
