@@ -9,7 +9,7 @@ writes data/<world>/: a manifest.json, train and val shards (safetensors, read b
 A shard holds, for n clips of F frames (one frame is one latent frame):
 
     latents (n, F, 16, H / 8, W / 8) float16      what the network sees        c2w (n, F, 4, 4) float32, any world frame
-    K       (n, 4) float32                        normalised fx, fy, cx, cy    plan, palette (n,) int64
+    K       (n, 4) float32                        normalised fx, fy, cx, cy    plan, palette (n,) int64 (lowpoly)
     frames  (n, F, H, W, 3) uint8                 val shards only: the truth   header: {"captions": [...]}
 
 World frame: OpenCV axes, y down, the floor at y = 0, the camera 1 m above it (camera.py states the signs).
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import sys
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
@@ -27,11 +26,12 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from camera import BadInput, Camera, intrinsics, make_pose, move, rays, relative
-from model import save_tensors
+from model import embed_text, save_tensors
 
 
 @dataclass
@@ -71,10 +71,11 @@ def make_plan(seed):
         if any(np.abs(at - p).max() < size.max() + s + .7 for p, s in spots):
             continue                                          # keep paths of 0.7 m between things
         spots.append((at, size.max()))
+        (x, z), (a, b) = at, size
         if box:
-            boxes.append([[at[0] - size[0], -r.uniform(.5, 2.2), at[1] - size[1]], [at[0] + size[0], 0, at[1] + size[1]]])
+            boxes.append([[x - a, -r.uniform(.5, 2.2), z - b], [x + a, 0, z + b]])
         else:
-            balls.append([at[0], -size[0], at[1], size[0]])
+            balls.append([x, -a, z, a])
     return np.array(boxes), np.array(balls)
 
 
@@ -92,16 +93,9 @@ class Lowpoly:
     """A batch of worlds as tensors on a device; `render` casts rays into all of them at once."""
 
     def __init__(self, plans, palettes, device='cpu'):
-        geometry = [make_plan(p) for p in plans]
-        self.boxes = torch.tensor(np.stack([g[0] for g in geometry]), dtype=torch.float32, device=device)
-        self.balls = torch.tensor(np.stack([g[1] for g in geometry]), dtype=torch.float32, device=device)
+        self.seeds, geometry = (plans, palettes), [make_plan(p) for p in plans]
+        self.boxes, self.balls = (torch.tensor(np.stack(x), dtype=torch.float32, device=device) for x in zip(*geometry))
         self.colours = torch.stack([make_palette(p)[1] for p in palettes]).to(device)
-
-    def only(self, b):
-        """World b alone, as a batch of one."""
-        one = object.__new__(Lowpoly)
-        one.boxes, one.balls, one.colours = self.boxes[b:b + 1], self.balls[b:b + 1], self.colours[b:b + 1]
-        return one
 
     def shade(self, o, d):
         """Colour (B, R, 3), distance (B, R) and surface (B, R), a number that jumps at edges, of the rays o + s d,
@@ -156,29 +150,21 @@ class Lowpoly:
             surface = surface.view(B * V, 1, H, W)
             jump = (F.max_pool2d(surface, 3, 1, 1) + F.max_pool2d(-surface, 3, 1, 1)).view(B, -1)
             index = jump.topk(int(edges * jump.shape[1]), 1)[1][..., None].expand(-1, -1, 3)
-            dx, dy = (torch.gather(flat(x), 1, index) for x in self._steps(c2w, K, H, W))
-            centre, eo = torch.gather(flat(d), 1, index), torch.gather(flat(origins), 1, index)
-            mean = sum(self.shade(eo, F.normalize(centre + a * dx + b * dy, dim=-1))[0]
-                       for a in (-.25, .25) for b in (-.25, .25)) / 4
-            colour = colour.scatter(1, index, mean)
+            z = torch.einsum('bvi,bvhwi->bvhw', c2w[..., :3, 2], d)[..., None]     # how a unit ray changes over a pixel
+            step = [z * (c2w[..., :3, i] / (n * K[..., i, None]))[:, :, None, None] for i, n in ((0, W), (1, H))]
+            centre, origin, dx, dy = (flat(x).gather(1, index) for x in (d, origins, *step))
+            colour = colour.scatter(1, index, sum(self.shade(origin, F.normalize(centre + a * dx + b * dy, dim=-1))[0]
+                                                  for a in (-.25, .25) for b in (-.25, .25)) / 4)
         return colour.view(B, V, H, W, 3), depth.view(B, V, H, W)
 
-    @staticmethod
-    def _steps(c2w, K, H, W):
-        """How a unit ray changes over one pixel to the right and one down, (B, V, H, W, 3) each (first order)."""
-        R, depth = c2w[..., :3, :3].float(), rays(c2w, K, H, W)[1]
-        z = torch.einsum('bvi,bvhwi->bvhw', R[..., 2], depth)[..., None]     # cos to the axis: |pinhole ray| = 1 / z
-        return [z * (R[..., i] / (n * K[..., i, None]))[:, :, None, None] for i, n in ((0, W), (1, H))]
 
-
-def walk(plan, frames, rng, metres=None, degrees=None):
+def walk(plan, frames, rng):
     """A random keyboard walk that does not pass through things: c2w (frames, 4, 4) float32.
 
     Keys are held for 3 to 8 frames at a speed drawn per clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame). A step
     that is blocked becomes a turn, so that it seldom stands still.
     """
-    boxes, balls = plan
-    metres, degrees = metres or rng.uniform(.04, .25), degrees or rng.uniform(1.5, 10)
+    (boxes, balls), metres, degrees = plan, rng.uniform(.04, .25), rng.uniform(1.5, 10)
 
     def free(x, z, margin=.35):
         return (max(abs(x), abs(z)) < ARENA - margin
@@ -198,12 +184,10 @@ def walk(plan, frames, rng, metres=None, degrees=None):
             keys = rng.choice(['w', 'wl', 'wj', 'l', 'j', 'a', 'd', 's', 'wi', 'wk', 'sl', 'dj'],
                               p=[.25, .15, .15, .09, .09, .06, .06, .05, .025, .025, .025, .025])
             hold = rng.integers(3, 9)
-        new = move(*state, keys, metres, degrees)
-        if not free(new[0][0], new[0][2]):
-            keys = 'l' if rng.random() < .5 else 'j'
-            hold = rng.integers(3, 9)
-            new = move(*state, keys, metres, degrees)
-        state, hold = new, hold - 1
+        (x, _, z), _, _ = move(*state, keys, metres, degrees)
+        if not free(x, z):
+            keys, hold = rng.choice(['l', 'j']), rng.integers(3, 9)
+        state, hold = move(*state, keys, metres, degrees), hold - 1
         states.append(state)
     position, yaw, pitch = (torch.tensor(x, dtype=torch.float64) for x in zip(*states))
     return make_pose(position, yaw, pitch).float()
@@ -240,17 +224,16 @@ def doom_clips(cfg, split, indices):
     if not os.path.exists(scenario):
         maps = sorted(f[:-4] for f in os.listdir(vzd.scenarios_path) if f.endswith('.cfg'))
         raise BadInput(f'--map {cfg.map}: not a map that ships with ViZDoom: {", ".join(maps)}')
-    B, V = vzd.Button, vzd.GameVariable
     game = vzd.DoomGame()
     game.load_config(scenario)
     game.set_window_visible(False)
-    game.set_mode(vzd.Mode.PLAYER)
     game.set_screen_format(vzd.ScreenFormat.RGB24)
     game.set_screen_resolution(vzd.ScreenResolution.RES_320X240)
     for off in ('hud', 'weapon', 'crosshair', 'decals', 'particles', 'effects_sprites', 'messages', 'corpses'):
         getattr(game, f'set_render_{off}')(False)
-    game.set_available_buttons([B.MOVE_FORWARD, B.MOVE_BACKWARD, B.MOVE_LEFT, B.MOVE_RIGHT, B.TURN_LEFT_RIGHT_DELTA])
-    game.set_available_game_variables([V.POSITION_X, V.POSITION_Y, V.POSITION_Z, V.ANGLE])
+    game.set_available_buttons([getattr(vzd.Button, b) for b in (
+        'MOVE_FORWARD', 'MOVE_BACKWARD', 'MOVE_LEFT', 'MOVE_RIGHT', 'TURN_LEFT_RIGHT_DELTA')])
+    game.set_available_game_variables([getattr(vzd.GameVariable, v) for v in ('POSITION_X', 'POSITION_Y', 'POSITION_Z', 'ANGLE')])
     game.set_episode_timeout(0)
     game.init()
     out = []
@@ -276,19 +259,21 @@ def doom_clips(cfg, split, indices):
         position, yaw, pitch = (torch.tensor(v, dtype=torch.float64) for v in zip(*poses))
         out.append((torch.stack(frames).round().byte(), make_pose(position, yaw, pitch).float()))
     game.close()
-    zeros = torch.zeros(len(out), dtype=torch.int64)
-    return dict(frames=torch.stack([f for f, _ in out]), c2w=torch.stack([p for _, p in out]), plan=zeros, palette=zeros,
-                K=intrinsics(FOV, cfg.width / cfg.height).expand(len(out), 4)), [f'doom {cfg.map}'] * len(out)
+    frames, c2w = (torch.stack(x) for x in zip(*out))
+    K = intrinsics(FOV, cfg.width / cfg.height).repeat(len(out), 1)
+    return dict(frames=frames, c2w=c2w, K=K), [f'doom {cfg.map}'] * len(out)
 
 # -----------------------------------------------------------------------------
 # codec "dct": a picture as 16 channels at 1/8 resolution, the shape of Wan's latents, without weights
 
 ORDER = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]   # 10 lowest luma coefficients
 YCC = torch.tensor([[.299, .587, .114], [-.168736, -.331264, .5], [.5, -.418688, -.081312]])
-# standard deviation of each channel on lowpoly (`python data.py` prints them); the luma's mean is -0.26
+# standard deviation of each channel on lowpoly, before scaling; the luma's mean is -0.26
 DCT_STD = torch.tensor([1.36, .172, .246, .103, .092, .068, .048, .042, .053, .072, .765, .122, .152, .806, .129, .156])
 DCT_MEAN = torch.tensor([-.26] + [0.] * 15)
 GAMMA = 0.5                       # z = (c - mean) / (k std^gamma), k such that the RMS is 1: 1 whitens, 0 leaves energies
+SCALE = DCT_STD ** GAMMA * (DCT_STD ** (2 - 2 * GAMMA)).mean().sqrt()
+CHANNELS = [(0, u, v) for u, v in ORDER] + [(k, u, v) for k in (1, 2) for u, v in ORDER[:3]]   # (plane, row, column)
 
 
 def lapped_dct(n):
@@ -309,10 +294,6 @@ def lapped_dct(n):
     return (torch.block_diag(*[cosines(8, 0)] * (n // 8)) @ pre).float()
 
 
-def _dct_scale(device):
-    return (DCT_STD ** GAMMA * (DCT_STD ** (2 - 2 * GAMMA)).mean().sqrt()).view(-1, 1, 1).to(device)
-
-
 def encode(frames):
     """Pictures (..., H, W, 3), uint8 or float in [0, 1] -> latents (..., 16, H / 8, W / 8) of about unit RMS."""
     x = frames.float() / 255 if frames.dtype == torch.uint8 else frames
@@ -320,54 +301,41 @@ def encode(frames):
     rows, cols = lapped_dct(H).to(x.device), lapped_dct(W).to(x.device)
     y = torch.einsum('uh,...hwc,kc,vw->...kuv', rows, x - .5, YCC.to(x.device), cols)
     y = y.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))       # (..., 3, H / 8, u, W / 8, v)
-    z = [y[..., 0, :, u, :, v] for u, v in ORDER] + [y[..., k, :, u, :, v] for k in (1, 2) for u, v in ORDER[:3]]
-    return (torch.stack(z, -3) - DCT_MEAN.view(-1, 1, 1).to(x.device)) / _dct_scale(x.device)
+    z = torch.stack([y[..., k, :, u, :, v] for k, u, v in CHANNELS], -3)
+    return (z - DCT_MEAN.to(z.device)[:, None, None]) / SCALE.to(z.device)[:, None, None]
 
 
 def decode(z):
     """Latents (..., 16, h, w) -> pictures (..., 8 h, 8 w, 3), float32 in [0, 1]."""
-    z = z.float() * _dct_scale(z.device) + DCT_MEAN.view(-1, 1, 1).to(z.device)
+    z = z.float() * SCALE.to(z.device)[:, None, None] + DCT_MEAN.to(z.device)[:, None, None]
     h, w = z.shape[-2:]
     y = z.new_zeros(*z.shape[:-3], 3, h, 8, w, 8)
-    for c, (k, (u, v)) in enumerate([(0, o) for o in ORDER] + [(k, o) for k in (1, 2) for o in ORDER[:3]]):
+    for c, (k, u, v) in enumerate(CHANNELS):
         y[..., k, :, u, :, v] = z[..., c, :, :]
     rows, cols = lapped_dct(8 * h).to(z.device), lapped_dct(8 * w).to(z.device)
     x = torch.einsum('uh,...kuv,ck,vw->...hwc', rows, y.flatten(-4, -3).flatten(-2), YCC.inverse().to(z.device), cols)
     return (x + .5).clamp(0, 1)
 
 # -----------------------------------------------------------------------------
-# captions, embedded without weights
-
-def embed_text(captions, text_len, text_dim):
-    """Captions -> (B, text_len, text_dim): a fixed Gaussian vector per word (seeded by its CRC-32) plus a sinusoid of
-    its place in the sentence. Zeros behind the last word; the empty caption is all zeros, the null prompt."""
-    out = torch.zeros(len(captions), text_len, text_dim)
-    place = torch.arange(text_len)[:, None] / 100 ** (torch.arange(text_dim // 2) / (text_dim // 2))
-    place = torch.cat([place.cos(), place.sin()], -1)
-    for b, caption in enumerate(captions):
-        for i, word in enumerate(caption.lower().split()[:text_len]):
-            vector = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32)
-            out[b, i] = torch.from_numpy(vector) + place[i]
-    return out
-
-# -----------------------------------------------------------------------------
 # clips on disk
+
+WORLDS = {'lowpoly': lowpoly_clips, 'doom': doom_clips}
+
 
 def make(cfg):
     """Render a world's clips into cfg.out, all or nothing. Returns the folder."""
-    out, start = cfg.out or f'data/{cfg.world}', {'lowpoly': lowpoly_clips, 'doom': doom_clips}
-    if cfg.world not in start:
-        raise BadInput(f'--world {cfg.world}: choose one of {", ".join(start)}')
+    out = cfg.out or f'data/{cfg.world}'
+    if cfg.world not in WORLDS:
+        raise BadInput(f'--world {cfg.world}: choose one of {", ".join(WORLDS)}')
     if min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames) < 1 or cfg.height % 16 or cfg.width % 16:
         raise BadInput('data: plans, clips, val_clips and frames must be at least 1, height and width multiples of 16')
     recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers')}
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
-        if old == recipe:
-            print(f'{out} is there already')
-            return out
-        changed = ', '.join(f'{k} {old.get(k)}, not {v}' for k, v in recipe.items() if old.get(k) != v)
-        raise BadInput(f'{out} was made with {changed}: give another --out, or delete it')
+        if changed := ', '.join(f'{k} {old.get(k)}, not {v}' for k, v in recipe.items() if old.get(k) != v):
+            raise BadInput(f'{out} was made with {changed}: give another --out, or delete it')
+        print(f'{out} is there already')
+        return out
     tmp = f'{out}.tmp{os.getpid()}'
     try:
         os.makedirs(tmp)
@@ -375,16 +343,14 @@ def make(cfg):
         raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
     jobs = [(cfg, tmp, split, name, i, list(range(i, min(n, i + 50)))) for split, name, n in
             ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, 50)]
-    workers = cfg.workers or os.cpu_count()
-    shards, sheet, moments = [], None, []
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=cfg.clips + cfg.val_clips, unit='clip', desc=out) as bar:
-        for name, n, picture, moment in pool.map(_make_shard, jobs):
-            shards.append({'file': name, 'clips': n})
-            sheet, moments = picture if sheet is None else sheet, moments + [moment]
-            bar.update(n)
-    iio.imwrite(f'{tmp}/sheet.png', sheet)
-    mean, std = torch.stack(moments).mean(0)
-    print('latent channels: mean', *(f'{m:.2f}' for m in mean), '\n                  std', *(f'{s:.2f}' for s in std))
+    made = []
+    with ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool, tqdm(total=cfg.clips + cfg.val_clips, desc=out) as bar:
+        for one in pool.map(_make_shard, jobs):
+            made.append(one)
+            bar.update(one[0]['clips'])
+    shards, sheets, std = zip(*made)
+    iio.imwrite(f'{tmp}/sheet.png', sheets[0])
+    print('standard deviation of the latent channels:', *(f'{s:.2f}' for s in torch.stack(std).mean(0)))
     with open(f'{tmp}/manifest.json', 'w') as f:
         json.dump({'recipe': recipe, 'codec': 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
     os.replace(tmp, out)
@@ -395,29 +361,26 @@ def make(cfg):
 def _make_shard(job):
     cfg, folder, split, name, first, indices = job
     torch.set_num_threads(1)
-    tensors, captions = {'lowpoly': lowpoly_clips, 'doom': doom_clips}[cfg.world](cfg, split, indices)
+    tensors, captions = WORLDS[cfg.world](cfg, split, indices)
     z = tensors['latents'] = encode(tensors['frames']).half()
-    rows = torch.cat([tensors['frames'][:8, ::2], (decode(z[:8, ::2]) * 255).byte()], 2)   # the codec's view below
-    sheet = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).numpy()
+    rows = torch.stack([tensors['frames'][:8, ::2], (decode(z[:8, ::2]) * 255).byte()])    # the codec's view below
+    sheet = rearrange(rows, 'v b f h w c -> (b v h) (f w) c').numpy()
     if split == 0:
         del tensors['frames']
     save_tensors(f'{folder}/{name}_{first:06d}.safetensors', tensors, {'captions': captions})
-    moments = torch.stack([z.float().mean((0, 1, 3, 4)), z.float().std((0, 1, 3, 4))])
-    return f'{name}_{first:06d}.safetensors', len(indices), sheet, moments
+    return {'file': f'{name}_{first:06d}.safetensors', 'clips': len(indices)}, sheet, z.float().std((0, 1, 3, 4))
 
 
 def load_manifest(folder):
     try:
         with open(f'{folder}/manifest.json') as f:
             return json.load(f)
-    except FileNotFoundError:
-        raise BadInput(f'{folder}: no clips there (no manifest.json): run python data.py --out {folder}') from None
-    except ValueError:
-        raise BadInput(f'{folder}/manifest.json is not JSON: delete {folder} and make it again') from None
+    except (OSError, ValueError) as e:
+        raise BadInput(f'{folder}/manifest.json: no clips there ({e}): run python data.py --out {folder}') from None
 
 
 class Clips:
-    """The clips of one split of a folder, read by memory map. clips[i] is a dict of one clip's tensors."""
+    """The clips of one split of a folder, read by memory map, one at a time."""
 
     def __init__(self, folder, split='train'):
         self.manifest, self.split, self.rows, self.captions, self.files = load_manifest(folder), split, [], [], []
@@ -429,18 +392,16 @@ class Clips:
                 f = safe_open(path, 'pt')
                 captions = json.loads(f.metadata()['meta'])['captions']
                 n = f.get_slice('latents').get_shape()[0]
-            except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+                assert n == shard['clips'] == len(captions), f'{n} clips, the manifest says {shard["clips"]}'
+            except (SafetensorError, AssertionError, OSError, TypeError, KeyError, ValueError) as e:
                 raise BadInput(f'{path}: missing or corrupt shard ({e}): delete {folder} and make it again') from None
-            if n != shard['clips'] or len(captions) != n:
-                raise BadInput(f'{path}: {n} clips and {len(captions)} captions where the manifest says {shard["clips"]}')
             self.rows += [(len(self.files), i) for i in range(n)]
             self.captions += captions
             self.files.append(f)
         if not self.rows:
             raise BadInput(f'{folder}: no {split} clips: delete it and make it again')
 
-    def __len__(self):
-        return len(self.rows)
+    __len__ = lambda self: len(self.rows)
 
     def read(self, i, keys=('latents', 'c2w', 'K')):
         f, row = self.rows[i]
@@ -485,8 +446,7 @@ def psnr(a, b):
 
 def write_strip(path, *videos, scale=2):
     """PNG of clips: for each b the rows videos[0][b], videos[1][b], ...; each video (B, F, H, W, 3) in [0, 1]."""
-    rows = torch.stack(videos, 1).flatten(0, 1)                              # (rows, F, H, W, 3)
-    picture = (rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).clamp(0, 1) * 255).round().byte().cpu()
+    picture = rearrange(torch.stack(videos), 'v b f h w c -> (b v h) (f w) c').clamp(0, 1).mul(255).round().byte().cpu()
     tmp = f'{path}.tmp{os.getpid()}.png'
     iio.imwrite(tmp, picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
     os.replace(tmp, path)

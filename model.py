@@ -18,8 +18,10 @@ import functools
 import json
 import math
 import os
+import zlib
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,6 +51,7 @@ class ModelConfig:
     eps: float = 1e-6
     patch: int = 2                # Wan's patch_size (1, 2, 2)
     camera: str = 'plucker'       # how the pose enters: plucker | none
+    camera_freqs: int = 3         # octaves of the Plücker map's Fourier features
     chunk: int = 1                # frames denoised together
     first: int = 1                # frames in the first chunk: 1, or `chunk` as in minWM
     shift: float = 2.0            # time schedule: more noise for more tokens a frame
@@ -114,6 +117,21 @@ def teacher_forcing_mask(ids):
     """
     q, k = ids[:, None], ids[None, :]
     return torch.cat([torch.cat([q >= k, torch.zeros_like(q == k)], 1), torch.cat([q > k, q == k], 1)])
+
+# -----------------------------------------------------------------------------
+# captions, embedded without weights
+
+def embed_text(captions, text_len, text_dim):
+    """Captions -> (B, text_len, text_dim): a fixed Gaussian vector per word (seeded by its CRC-32) plus a sinusoid of
+    its place in the sentence. Zeros behind the last word; the empty caption is all zeros, the null prompt."""
+    out = torch.zeros(len(captions), text_len, text_dim)
+    angle = torch.arange(text_len)[:, None] / 100 ** (torch.arange(text_dim // 2) / (text_dim // 2))
+    place = torch.cat([angle.cos(), angle.sin()], -1)
+    for b, caption in enumerate(captions):
+        for i, word in enumerate(caption.lower().split()[:text_len]):
+            vector = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32)
+            out[b, i] = torch.from_numpy(vector) + place[i]
+    return out
 
 # -----------------------------------------------------------------------------
 # attention
@@ -364,7 +382,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.time_projection[1].weight)
         if cfg.camera == 'plucker':                     # no bias: a dropped camera is exactly a zero map
-            self.camera_embedding = nn.Linear(6 * cfg.patch ** 2, D, bias=False)
+            self.camera_embedding = nn.Linear(6 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2, D, bias=False)
             nn.init.zeros_(self.camera_embedding.weight)
         self.tables = {}                                # rotary tables by (positions, h, w, device)
 
@@ -388,7 +406,9 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                   # the residual stream and times stay fp32
             x = x.to(dtype)
             if camera is not None and self.cfg.camera == 'plucker':
-                rays = plucker(camera, H, W)
+                rays = plucker(camera, H, W)                                 # (B, F, 6, H, W)
+                waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
+                rays = torch.cat([rays, *(w.sin() for w in waves), *(w.cos() for w in waves)], 2)
                 if camera.on is not None:
                     rays = rays * camera.on.view(-1, 1, 1, 1, 1)
                 rays = rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
@@ -462,14 +482,14 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             cache = KVCache(model.cfg, len(text), window or 64, L, x.device, dtype)
             origin = camera.c2w[:, 0]
         if cache.end + n > cache.frames:                                      # full: keep the newest half
-            keep = history[-1:]
-            while history[:-len(keep)] and sum(c.K.shape[1] for _, c in keep) + n <= cache.frames // 2:
-                keep = history[-len(keep) - 1:]
-            ids = torch.cat([torch.full((c.K.shape[1],), i) for i, (_, c) in enumerate(keep)])
-            seen, kept = torch.cat([y for y, _ in keep], 1), Camera.cat([c for _, c in keep])
-            history, cache.end, origin = keep, 0, kept.c2w[:, 0]
-            call(seen, 0.0, kept, mask=causal_mask(ids))
-            cache.end = len(ids)
+            keep = model.cfg.first + max(0, (cache.frames + 1) // 2 - model.cfg.first) // model.cfg.chunk * model.cfg.chunk
+            if keep + n > cache.frames:
+                raise BadInput(f'a window of {cache.frames} frames is too small: use at least {keep + n}')
+            seen, cameras_seen = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
+            cameras_seen = Camera(cameras_seen.c2w[:, -keep:], cameras_seen.K[:, -keep:], cameras_seen.on)
+            history, cache.end, origin = [(seen, cameras_seen)], 0, cameras_seen.c2w[:, 0]
+            call(seen, 0.0, cameras_seen, mask=causal_mask(chunk_ids(keep, model.cfg.chunk, model.cfg.first)))
+            cache.end = keep
         if first is None or history:
             for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
                 x = x + (t_next - t) * call(x, t, camera)

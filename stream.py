@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw
 
 from camera import (BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
                     rays, relative)
-from data import ARENA, Clips, Lowpoly, decode, embed_text, encode, lowpoly_clips, psnr, write_strip
+from data import ARENA, Clips, Lowpoly, decode, encode, lowpoly_clips, psnr, write_strip
 from data import Config as DataConfig
-from model import chunk_ids, load_model, pick_device, rollout, schedule
+from model import chunk_ids, embed_text, load_model, pick_device, rollout, schedule
 
 
 @dataclass
@@ -66,7 +66,7 @@ def held_out(cfg, header, indices):
     if recipe['world'] == 'lowpoly':
         return lowpoly_clips(DataConfig(**recipe), 1, indices)
     clips = Clips(cfg.data, 'val')
-    keys = ('frames', 'c2w', 'K', 'plan', 'palette')
+    keys = ('frames', 'c2w', 'K')
     rows = [clips.read(i % len(clips), keys) for i in indices]
     return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i % len(clips)] for i in indices]
 
@@ -208,14 +208,13 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
     views = make_pose(torch.zeros(len(turn), 3), turn, pitch)[:, :3, :3]
     down, round_ = torch.meshgrid(torch.arange(-69., 70, 6), torch.arange(-177., 180, 6), indexing='ij')
     around = make_pose(torch.zeros(*down.shape, 3), round_, -down)[..., :3, 2].flatten(0, 1)         # (24 x 60, 3)
-    starts = []
+    starts, alone = [], [Lowpoly(world.seeds[0][b:b + 1], world.seeds[1][b:b + 1]) for b in range(B)]
     for b in range(B):
-        one = world.only(b)
         o = start[b, :3, 3] + F.pad(places, (0, 1))[:, [0, 2, 1]]                                    # (P, 3)
         inside = (o[:, ::2].abs() < ARENA).all(1)
         o = o[inside]
         d = around @ make_pose(torch.zeros(3), yaw0[b], torch.zeros(()))[:3, :3].T
-        pano = one.shade(o[None].repeat_interleave(len(d), 1), d.repeat(len(o), 1)[None])[0].view(len(o), *down.shape, 3)
+        pano = alone[b].shade(o[None].repeat_interleave(len(d), 1), d.repeat(len(o), 1)[None])[0].view(len(o), *down.shape, 3)
         v = torch.einsum('tij,hwj->thwi', views, rays(torch.eye(4), K[b], 12, 12)[1])                # (T, 12, 12, 3)
         i = ((torch.rad2deg(torch.asin(v[..., 1])) + 72) / 6).long().clamp(0, len(down) - 1)
         j = ((torch.rad2deg(torch.atan2(v[..., 0], v[..., 2])) + 180) / 6).long() % down.shape[1]
@@ -232,7 +231,7 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
     def look(s):
         at = torch.stack([s[..., 0], start[:, None, 1, 3].double().expand_as(s[..., 0]), s[..., 1]], -1)
         c2w = make_pose(at, s[..., 2], s[..., 3]).float()
-        views = [world.only(b).render(c2w[b:b + 1], K[b].expand(1, 2 * M, 4), 32, 32, edges=.2)[0] for b in range(B)]
+        views = [alone[b].render(c2w[b:b + 1], K[b].expand(1, 2 * M, 4), 32, 32, edges=.2)[0] for b in range(B)]
         return blur(torch.cat(views)), c2w
     state = torch.stack(starts).flatten(1, 2).double()                                               # (B, M 2, 4)
     view, c2w = look(state)

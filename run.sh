@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The recipe as a list of commands.
+#   bash run.sh          clips -> base -> camera -> causal -> a walk, a strip per stage and a table, in out/
+#   bash run.sh test     the tests
+# PLANS=1 OUT=out1 bash run.sh: one plan to live in. PYTHON names another interpreter (3.10 or newer).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if ! cmp -s requirements.txt .venv/installed; then
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/pip install -q -r requirements.txt
+    cp requirements.txt .venv/installed
+fi
+source .venv/bin/activate
+
+case "${1:-recipe}" in
+test)
+    shift
+    python -m pytest -q tests "$@" ;;
+recipe)
+    PLANS=${PLANS:-500} OUT=${OUT:-out} DATA=data/lowpoly-$PLANS
+    start=$SECONDS
+    took() { echo "--- $1: $((SECONDS - start)) s since the start"; }
+    python data.py --world lowpoly --plans "$PLANS" --out "$DATA"                                  ; took clips
+    python finetune_camera.py --camera none --data "$DATA" --out "$OUT"                            ; took base
+    python finetune_camera.py --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT"           ; took camera
+    python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
+    python stream.py --ckpt "$OUT/ar.safetensors" --truth True --out "$OUT/walk.mp4"
+    python stream.py --ckpt "$OUT/ar.safetensors" --score "$OUT/score.json"                        ; took "walk and table" ;;
+*)
+    echo "error: run.sh $1: say nothing, or test" >&2
+    exit 1 ;;
+esac

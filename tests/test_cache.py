@@ -1,0 +1,110 @@
+"""The chunk-by-chunk rollout with its KV cache against one uncached teacher-forced forward of its own output."""
+import pytest
+import torch
+
+from camera import Camera, intrinsics, keys_to_poses, relative
+from model import chunk_ids, rollout, schedule, teacher_forcing_mask
+from test_model import tiny_model
+
+
+def walk(model, frames, H, W, first=None, window=None, guidance=1.0, calls=None):
+    """Roll out `frames` frames, camera and text on; record every network call in `calls` as (x, t, cache.end, v)."""
+    g = torch.Generator().manual_seed(1)
+    c2w = keys_to_poses('w*2,wl*3,di*2,j*30')[:frames].expand(2, -1, 4, 4)
+    K = intrinsics(90, W / H).expand(2, frames, 4)
+    sizes = torch.bincount(chunk_ids(frames, model.cfg.chunk, model.cfg.first)).tolist()
+    cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
+    text = torch.randn(2, 4, 8, generator=g)
+    noise = lambda n: torch.randn(2, n, 16, H, W, generator=g)
+    if calls is not None:
+        hook = model.register_forward_hook(
+            lambda m, args, kw, v: calls.append((args[0], args[1], kw['cache'].end, v)), with_kwargs=True)
+    out = list(rollout(model, cameras, text, schedule(3, 2.0), noise, first, guidance, window))
+    if calls is not None:
+        hook.remove()
+    return torch.cat(out, 1), Camera(c2w, K), text
+
+
+def teacher_forced(model, x0, x_t, t, camera, text):
+    F = x0.shape[1]
+    ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
+    with torch.no_grad():
+        return model(torch.cat([x0, x_t], 1), torch.cat([0 * t, t], 1), text, Camera.cat([camera, camera]),
+                     mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, F:]
+
+
+@pytest.mark.parametrize('chunk, first, frames, H, W', [(1, 1, 5, 4, 4), (4, 1, 9, 2, 6), (4, 4, 8, 4, 2), (1, 1, 3, 16, 32)])
+@pytest.mark.parametrize('given', [True, False])
+def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, H, W, given):
+    model, calls = tiny_model(chunk=chunk, first=first), []
+    start = torch.randn(2, first, 16, H, W) if given else None
+    x0, camera, text = walk(model, frames, H, W, start, calls=calls)
+    assert x0.shape[1] == frames and (not given or torch.equal(x0[:, :first], start))
+    camera = Camera(relative(camera.c2w), camera.K)
+    denoising = [c for c in calls if c[1].max() > 0]
+    for step, t in enumerate(schedule(3, 2.0)[:-1]):
+        x_t, v, times = x0.clone(), torch.zeros_like(x0), torch.zeros(2, frames)
+        here = [c for c in denoising if c[1].max() == t]
+        assert len(here) == len(torch.unique(chunk_ids(frames, chunk, first))) - given
+        for x, tt, end, out in here:
+            n = x.shape[1]
+            x_t[:, end:end + n], v[:, end:end + n], times[:, end:end + n] = x, out, tt
+        want = teacher_forced(model, x0, x_t, times, camera, text)
+        rows = slice(first if given else 0, None)
+        torch.testing.assert_close(v[:, rows], want[:, rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('chunk, window, frames', [(1, 6, 16), (4, 9, 21), (2, 7, 17)])
+def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
+    """Each denoising call equals a teacher-forced forward of the window it saw, its first frame the origin."""
+    model, calls = tiny_model(chunk=chunk), []
+    x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
+    assert torch.isfinite(x0).all()
+    encoded = [i for i, c in enumerate(calls) if c[1].max() == 0 and c[2] == 0 and i > 0]
+    assert len(encoded) >= 2 and max(c[2] + c[0].shape[1] for c in calls) <= window
+    done = 0
+    for i, (x, t, end, v) in enumerate(calls):
+        if t.max() == 0:
+            done += x.shape[1] if i not in encoded else 0
+            continue
+        lo = done - end                                       # the window's first frame, in the whole walk
+        seen, n = slice(lo, done + x.shape[1]), x.shape[1]
+        c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen])
+        clean, times = x0[:, seen], torch.cat([torch.zeros(2, end), t], 1)
+        ids = torch.cat([torch.arange(1), 1 + torch.arange(end - 1) // chunk, torch.full((n,), 10 ** 6)])
+        F = end + n
+        with torch.no_grad():
+            want = model(torch.cat([clean, clean[:, :end], x], 1), torch.cat([0 * times, times], 1), text,
+                         Camera.cat([c, c]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, -n:]
+        torch.testing.assert_close(v, want, rtol=0, atol=1e-5)
+
+
+def test_a_long_walk_never_leaves_the_window():
+    model = tiny_model()
+    x0, _, _ = walk(model, 37, 2, 2, torch.randn(2, 1, 16, 2, 2), window=5)
+    assert x0.shape[1] == 37 and torch.isfinite(x0).all()
+    torch.testing.assert_close(x0[:, :5], walk(model, 37, 2, 2, x0[:, :1], window=40)[0][:, :5], rtol=0, atol=1e-5)
+
+
+def test_guidance_is_the_standard_combination():
+    model, calls = tiny_model(), []
+    first = torch.randn(2, 1, 16, 4, 4)
+    one, null = walk(model, 2, 4, 4, first)[0], walk(model, 2, 4, 4, first, guidance=0.0)[0]
+    three = walk(model, 2, 4, 4, first, guidance=3.0, calls=calls)[0]
+    x, t, _, v = calls[1]                                     # the first denoising call, both branches in one batch
+    assert x.shape[0] == 4 and torch.equal(x[:2], x[2:])
+    torch.testing.assert_close(calls[2][0][:2], x[:2] + (schedule(3, 2.0)[1] - 1) * (v[2:] + 3 * (v[:2] - v[2:])))
+    assert not torch.allclose(one, null, atol=1e-3) and not torch.allclose(one, three, atol=1e-3)
+
+
+def test_cameras_are_asked_for_only_when_due():
+    model, asked = tiny_model(), []
+
+    def cameras():
+        for i in range(4):
+            asked.append(i)
+            yield Camera(torch.eye(4).expand(1, 1, 4, 4), intrinsics(90, 1).expand(1, 1, 4))
+    walk = rollout(model, cameras(), torch.zeros(1, 4, 8), schedule(2, 2.0), lambda n: torch.zeros(1, n, 16, 2, 2))
+    for i in range(4):
+        next(walk)
+        assert asked == list(range(i + 1)) and torch.is_grad_enabled()

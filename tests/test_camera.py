@@ -1,0 +1,107 @@
+"""Camera conventions: signs worked by hand, round trips, errors against closed forms."""
+import math
+
+import pytest
+import torch
+
+from camera import (KEYS, BadInput, Camera, crop_intrinsics, format_keys, intrinsics, invert, keys_to_poses, make_pose,
+                    parse_keys, plucker, pose_error, poses_to_keys, rays, relative)
+
+
+def random_poses(*shape):
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.rand(*shape, *s, generator=g, dtype=torch.float64)
+    return make_pose(rand(3) * 4 - 2, rand() * 360 - 180, rand() * 60 - 30)
+
+
+def test_the_docstrings_worked_example():
+    pose = keys_to_poses('l*9,w*4')[-1]
+    torch.testing.assert_close(pose[:3, 3], torch.tensor([1., 0., 0.]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pose[:3, :3] @ torch.tensor([0., 0., 1.]), torch.tensor([1., 0., 0.]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('key, position, forward', [
+    ('w', (0, 0, .25), (0, 0, 1)), ('s', (0, 0, -.25), (0, 0, 1)), ('d', (.25, 0, 0), (0, 0, 1)),
+    ('a', (-.25, 0, 0), (0, 0, 1)), ('u', (0, -.25, 0), (0, 0, 1)), ('o', (0, .25, 0), (0, 0, 1)),
+    ('dn', (0, .25, 0), (0, 0, 1)), ('l', (0, 0, 0), (math.sin(math.pi / 18), 0, math.cos(math.pi / 18))),
+    ('j', (0, 0, 0), (-math.sin(math.pi / 18), 0, math.cos(math.pi / 18))),
+    ('i', (0, 0, 0), (0, -math.sin(math.pi / 18), math.cos(math.pi / 18))),
+    ('k', (0, 0, 0), (0, math.sin(math.pi / 18), math.cos(math.pi / 18)))])
+def test_every_key_by_hand(key, position, forward):
+    pose = keys_to_poses(key)[1]
+    torch.testing.assert_close(pose[:3, 3], torch.tensor(position, dtype=torch.float32), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pose[:3, 2], torch.tensor(forward, dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+def test_yaw_is_about_the_worlds_up_and_pitch_is_clamped():
+    poses = keys_to_poses('i*9,l*9')
+    assert math.degrees(math.asin(-poses[-1, 1, 2])) == pytest.approx(30, abs=1e-4)
+    torch.testing.assert_close(poses[-1, :3, 0], torch.tensor([0., 0., -1.]), rtol=0, atol=1e-6)   # right stays level
+    torch.testing.assert_close(keys_to_poses('i*3,w*4')[-1, :3, 3], torch.tensor([0., 0., 1.]), rtol=0, atol=1e-6)
+
+
+def test_poses_are_rigid_and_relative_undoes_a_move():
+    c2w = random_poses(3, 5)
+    eye = torch.eye(4, dtype=torch.float64).expand(3, 5, 4, 4)
+    torch.testing.assert_close(c2w @ invert(c2w), eye, rtol=0, atol=1e-12)
+    assert torch.allclose(torch.linalg.det(c2w[..., :3, :3]), torch.ones(3, 5, dtype=torch.float64))
+    rel = relative(c2w)
+    torch.testing.assert_close(rel[:, 0], eye[:, 0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(c2w[:, :1] @ rel, c2w, rtol=0, atol=1e-12)
+    torch.testing.assert_close(relative(random_poses(1)[0] @ c2w), rel, rtol=0, atol=1e-12)            # any world frame
+
+
+def test_keys_round_trip():
+    text = 'w*3,wl*2,*1,dj*4,i*1,o*2,sk*1'
+    keys = parse_keys(text)
+    assert len(keys) == 14 and keys[3] == 'wl' and keys[5] == ''
+    assert format_keys(keys) == text and parse_keys(format_keys(keys)) == keys
+    assert [set(k) for k in poses_to_keys(keys_to_poses(text))] == [set(k) for k in keys]
+    assert parse_keys('dn*3,u*2,s*4,d*5,k*5')[:3] == ['o'] * 3                                     # minWM's own
+    for k in KEYS:
+        assert poses_to_keys(keys_to_poses(k)) == [k]
+
+
+@pytest.mark.parametrize('text', ['', 'w*', 'q*3', 'w*3,,l*2', 'w3', 'w*-1', 'w*2 l*3', 'W*2'])
+def test_malformed_keys_name_the_group(text):
+    with pytest.raises(BadInput, match='group'):
+        parse_keys(text)
+
+
+def test_pose_error_gives_back_what_was_done():
+    a = random_poses(20)
+    zero = torch.zeros(20, 3, dtype=torch.float64)
+    turned = a @ make_pose(zero, torch.full((20,), 10., dtype=torch.float64), zero[:, 0])
+    moved = a.clone()
+    moved[:, 0, 3] += .5
+    rot, trans = pose_error(a, turned)
+    assert torch.allclose(rot, torch.full_like(rot, 10)) and trans.max() == 0
+    rot, trans = pose_error(a, moved)
+    assert rot.max() == 0 and torch.allclose(trans, torch.full_like(trans, .5))
+    tiny = a @ make_pose(zero, torch.full((20,), 1e-5, dtype=torch.float64), zero[:, 0])
+    assert torch.allclose(pose_error(a, tiny)[0], torch.full((20,), 1e-5, dtype=torch.float64), rtol=1e-3)
+
+
+def test_rays_project_back_and_intrinsics_survive_crops():
+    K = intrinsics(90, 4 / 3)
+    torch.testing.assert_close(K, torch.tensor([.5, 2 / 3, .5, .5]))
+    c2w = random_poses(2, 3).float()
+    o, d = rays(c2w, K.expand(2, 3, 4), 6, 8)
+    assert torch.allclose(d.norm(dim=-1), torch.ones(2, 3, 6, 8), atol=1e-6)
+    p = torch.einsum('bfij,bfhwj->bfhwi', invert(c2w)[..., :3, :3], d * 3)
+    x, y = (p[..., 0] / p[..., 2] * K[0] + K[2]) * 8, (p[..., 1] / p[..., 2] * K[1] + K[3]) * 6
+    torch.testing.assert_close(x, (torch.arange(8) + .5).expand_as(x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(y, (torch.arange(6) + .5)[:, None].expand_as(y), rtol=0, atol=1e-4)
+    crop = crop_intrinsics(K, .25, .5, .5, .5)                                                     # right columns 2:6, rows 3:
+    torch.testing.assert_close(rays(c2w, crop.expand(2, 3, 4), 3, 4)[1], d[..., 3:, 2:6, :], rtol=0, atol=1e-6)
+
+
+def test_pluecker_moment_is_the_same_from_any_point_of_the_ray():
+    c2w, K = random_poses(2, 3).float(), intrinsics(90, 1).expand(2, 3, 4)
+    m = plucker(Camera(c2w, K), 4, 4)
+    o, d = rays(c2w, K, 4, 4)
+    torch.testing.assert_close(m[:, :, :3].movedim(2, -1), d)
+    point = o[:, :, None, None] + 7 * d
+    torch.testing.assert_close(m[:, :, 3:].movedim(2, -1), torch.linalg.cross(point, d), rtol=0, atol=1e-5)
+    identity = plucker(Camera(torch.eye(4).expand(1, 1, 4, 4), K[:1, :1]), 4, 4)
+    assert (identity[:, :, 3:] == 0).all()

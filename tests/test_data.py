@@ -1,0 +1,149 @@
+"""Worlds, codec, captions and batches against what can be worked out by hand."""
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from camera import BadInput, intrinsics, make_pose
+from data import (ARENA, FOV, Clips, Config, Lowpoly, decode, encode, get_batch, lapped_dct, lowpoly_clips,
+                  make, make_palette, make_plan, psnr, walk)
+from model import ModelConfig, embed_text
+
+CFG = ModelConfig(text_dim=8, text_len=4)
+
+
+def test_floor_and_walls_are_where_geometry_puts_them():
+    world = Lowpoly([3], [4])
+    world.boxes, world.balls = world.boxes[:, :0], world.balls[:, :0]
+    o = torch.tensor([[[1., -1., 2.]]]).expand(1, 4, 3)
+    d = torch.nn.functional.normalize(torch.tensor([[[0., 1, 0], [0, 3, 4], [1, 0, 0], [0, -1, 0]]]), dim=-1)
+    colour, distance, _ = world.shade(o, d)
+    torch.testing.assert_close(distance[0, :3], torch.tensor([1, 1 / .6, ARENA - 1]))
+    assert distance[0, 3] > 1e3 and (colour >= 0).all() and (colour <= 1).all()
+
+
+def test_boxes_and_balls_against_a_naive_march():
+    world, plan = Lowpoly([5], [0]), make_plan(5)
+    rng = np.random.default_rng(0)
+    o = np.array([0., -1., 0.])
+    for _ in range(200):
+        d = rng.standard_normal(3) * [1, .4, 1]
+        d /= np.linalg.norm(d)
+        _, got, _ = world.shade(torch.tensor(o)[None, None].float(), torch.tensor(d)[None, None].float())
+        s = np.arange(0, 20, .002)[:, None]
+        p = o + s * d
+        inside = ((p[:, None] > plan[0][:, 0]) & (p[:, None] < plan[0][:, 1])).all(-1).any(1)
+        inside |= (np.linalg.norm(p[:, None] - plan[1][:, :3], axis=-1) < plan[1][:, 3]).any(1)
+        inside |= (p[:, 1] > 0) | ((np.abs(p[:, [0, 2]]).max(1) > ARENA) & (p[:, 1] > -2.5))
+        if inside[0]:
+            continue
+        above = (np.abs(p[:, [0, 2]]).max(1) > ARENA) & (p[:, 1] <= -2.5)
+        if above.any() and (not inside.any() or above.argmax() < inside.argmax()):
+            assert got.item() > 1e3
+        else:
+            assert abs(got.item() - s[inside.argmax(), 0]) < .02
+
+
+def test_turning_left_moves_the_picture_right():
+    world, K = Lowpoly([7], [1]), intrinsics(FOV, 1)[None, None]
+    at = lambda yaw: world.render(make_pose(torch.tensor([0., -1., 0.]), torch.tensor(yaw), torch.tensor(0.))[None, None], K)[0][0, 0]
+    straight, left = at(0.), at(-4.)
+    error = [(left.roll(-s, 1) - straight).square()[:, 8:-8].mean().item() for s in (-3, 0, 3)]
+    assert error[2] < .5 * error[1] < .5 * error[0]
+
+
+def test_walks_stay_out_of_things_and_seldom_stand():
+    still = 0
+    for i in range(30):
+        boxes, balls = make_plan(i)
+        c2w = walk((boxes, balls), 17, np.random.default_rng(i)).double().numpy()
+        p = c2w[:, [0, 2], 3]
+        assert np.abs(p).max() < ARENA
+        assert not ((p[:, None] > boxes[:, 0, ::2]) & (p[:, None] < boxes[:, 1, ::2])).all(-1).any()
+        assert (np.linalg.norm(p[:, None] - balls[:, [0, 2]], axis=-1) > balls[:, 3]).all()
+        assert np.allclose(c2w[:, 1, 3], -1)
+        still += (np.abs(np.diff(c2w, axis=0)).max((1, 2)) < 1e-6).sum()
+    assert still < 30 * 16 * .02
+
+
+def test_caption_names_what_is_seen_and_changes_it():
+    a, b = make_palette(1), make_palette(2)
+    assert a[0] != b[0] and not torch.equal(a[1], b[1]) and len(a[0].split()) <= 16
+    e = embed_text(['red floor', 'red walls', '', 'RED floor'], 4, 8)
+    assert torch.equal(e[0], e[3]) and torch.equal(e[0, 0], e[1, 0]) and not torch.equal(e[0, 1], e[1, 1])
+    assert (e[2] == 0).all() and (e[0, 2:] == 0).all()
+    word = np.random.default_rng(__import__('zlib').crc32(b'red')).standard_normal(8, dtype=np.float32)
+    torch.testing.assert_close(e[0, 0, :4], torch.from_numpy(word[:4]) + 1)                        # place 0: cos 0 = 1
+
+
+def test_codec():
+    m = lapped_dct(64)
+    torch.testing.assert_close(m @ m.T, torch.eye(64), rtol=0, atol=1e-6)
+    frames = lowpoly_clips(Config(frames=3), 0, range(4))[0]['frames']
+    z = encode(frames)
+    assert z.shape == (4, 3, 16, 8, 8) and .5 < z.square().mean() < 2
+    assert torch.allclose(encode(frames.float() / 255), z)
+    ceiling = psnr(decode(z), frames.float() / 255).mean()
+    assert ceiling > 28
+    torch.testing.assert_close(encode(decode(.1 * z)), .1 * z, rtol=0, atol=1e-4)                  # unclipped: exact
+    assert encode(torch.zeros(48, 64, 3)).shape == (16, 6, 8)
+
+
+def test_psnr_by_hand():
+    a = torch.zeros(2, 4, 4, 3)
+    assert psnr(a, a + .1).tolist() == pytest.approx([20, 20], abs=1e-3)
+    assert psnr(a - 5, a)[0] == 100
+
+
+def test_batches_are_slices_of_one_stream(data):
+    clips = Clips(data)
+    whole = get_batch(clips, 8, 4, 3, CFG, seed=1)
+    parts = [get_batch(clips, 8 + i, 1, 3, CFG, seed=1) for i in range(4)]
+    for name in ('x0', 'text', 'eps', 'u'):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
+    assert torch.equal(whole.camera.c2w, torch.cat([p.camera.c2w for p in parts]))
+    torch.testing.assert_close(whole.camera.c2w[:, 0], torch.eye(4).expand(4, 4, 4), rtol=0, atol=1e-6)
+    other = get_batch(clips, 8, 4, 3, CFG, seed=2)
+    assert not torch.equal(whole.eps, other.eps)
+    with pytest.raises(BadInput, match='frames'):
+        get_batch(clips, 0, 1, 99, CFG)
+
+
+def test_clips_depend_on_seed_split_and_index_alone_and_held_out_plans_are_new():
+    cfg = Config(frames=2)
+    one, two = lowpoly_clips(cfg, 0, [5])[0], lowpoly_clips(cfg, 0, [4, 5])[0]
+    assert torch.equal(one['frames'][0], two['frames'][1])
+    plans = lambda cfg, split: {lowpoly_clips(cfg, split, [i])[0]['plan'].item() for i in range(20)}
+    assert not plans(cfg, 0) & plans(cfg, 1)
+    single = Config(frames=2, plans=1)
+    assert plans(single, 0) == plans(single, 1) and len(plans(single, 0)) == 1
+
+
+def test_make_is_all_or_nothing(data, tmp_path):
+    recipe = json.load(open(f'{data}/manifest.json'))['recipe']
+    stamp = os.stat(f'{data}/manifest.json').st_mtime_ns
+    assert make(Config(**recipe, out=data)) == data                                               # there already
+    with pytest.raises(BadInput, match='clips 12, not 13'):
+        make(Config(**recipe | {'clips': 13}, out=data))
+    assert os.stat(f'{data}/manifest.json').st_mtime_ns == stamp
+    with pytest.raises(BadInput, match='choose one of'):
+        make(Config(world='mars', out=str(tmp_path / 'x')))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(BadInput, match='cannot be written'):
+        make(Config(out=str(tmp_path / 'file' / 'x')))
+
+
+def test_doom_frames_and_poses():
+    pytest.importorskip('vizdoom', reason='ViZDoom is an optional extra: pip install vizdoom')
+    from data import doom_clips
+    d, captions = doom_clips(Config(world='doom', frames=9, height=48, width=64), 0, [0, 1, 2])
+    assert d['frames'].shape == (3, 9, 48, 64, 3) and d['frames'].float().std() > 10 and captions[0] == 'doom my_way_home'
+    again = doom_clips(Config(world='doom', frames=9, height=48, width=64), 0, [1])[0]
+    assert torch.equal(again['frames'][0], d['frames'][1]) and torch.equal(again['c2w'][0], d['c2w'][1])
+    step = d['c2w'][:, :, :3, 3].diff(dim=1).norm(dim=-1)
+    assert step.max() < 1 and (step > .01).float().mean() > .3
+    with pytest.raises(BadInput, match='not a map'):
+        doom_clips(Config(world='doom', map='nowhere'), 0, [0])

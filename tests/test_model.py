@@ -1,0 +1,135 @@
+"""Masks against literal grids, attention against the dense path, flow helpers against closed forms."""
+import dataclasses
+
+import pytest
+import torch
+
+from camera import BadInput, Camera, intrinsics, keys_to_poses
+from model import (PRESETS, DiT, KVCache, ModelConfig, add_noise, block_row_attention, causal_mask, chunk_ids,
+                   dense_attention, flex_frame_attention, learning_rate, load_model, make_optimizers, rotary_table,
+                   rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
+
+TINY = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4)
+
+
+def grid(rows):
+    return torch.tensor([[c == 'x' for c in row] for row in rows.split()])
+
+
+def tiny_model(seed=0, **kw):
+    """A model none of whose weights is zero."""
+    torch.manual_seed(seed)
+    model = DiT(dataclasses.replace(TINY, **kw)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -.5 if p.ndim > 1 else .3)
+    return model
+
+
+def test_masks_against_literal_grids():
+    assert chunk_ids(7, 3).tolist() == [0, 1, 1, 1, 2, 2, 2] and chunk_ids(4, 2, first=2).tolist() == [0, 0, 1, 1]
+    assert torch.equal(causal_mask(chunk_ids(3, 1)), grid('x.. xx. xxx'))
+    assert torch.equal(causal_mask(chunk_ids(3, 2)), grid('x.. xxx xxx'))
+    assert torch.equal(teacher_forcing_mask(chunk_ids(3, 1)), grid('x..... xx.... xxx... ...x.. x...x. xx...x'))
+    assert torch.equal(teacher_forcing_mask(chunk_ids(3, 2)), grid('x..... xxx... xxx... ...x.. x...xx x...xx'))
+    with pytest.raises(BadInput, match='9 frames do not divide'):
+        chunk_ids(9, 3)
+
+
+@pytest.mark.parametrize('frames, chunk, L', [(4, 1, 3), (5, 2, 2), (9, 4, 1), (3, 1, 128)])
+def test_block_rows_and_flex_equal_dense(frames, chunk, L):
+    torch.manual_seed(0)
+    mask = teacher_forcing_mask(chunk_ids(frames, chunk))
+    q, k, v = (torch.randn(2, 2 * frames * L, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dout = torch.randn_like(q)
+    want = dense_attention(q, k, v, mask)
+    got = block_row_attention(q, k, v, mask)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), dout), torch.autograd.grad(want, (q, k, v), dout)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(flex_frame_attention(*(x.float() for x in (q, k, v)), mask), want.float(), rtol=0, atol=1e-5)
+
+
+def test_zero_initialised_camera_equals_the_base_model_and_dropped_camera_is_none():
+    torch.manual_seed(0)
+    base, model = tiny_model(camera='none'), DiT(TINY)
+    model.load_state_dict(base.state_dict(), strict=False)
+    x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), torch.randn(2, 4, 8)
+    camera = Camera(keys_to_poses('wl*2').expand(2, 3, 4, 4), intrinsics(90, 1).expand(2, 3, 4))
+    assert torch.equal(model(x, t, text, camera), base(x, t, text))
+    steered = tiny_model()
+    off = steered(x, t, text, dataclasses.replace(camera, on=torch.tensor([True, False])))
+    assert not torch.allclose(off[0], steered(x, t, text)[0], atol=1e-3)
+    torch.testing.assert_close(off[0], steered(x, t, text, camera)[0])
+    torch.testing.assert_close(off[1], steered(x, t, text)[1])
+
+
+def test_rotary_depends_on_the_distance_only():
+    q, k = torch.randn(2, 1, 4, 1, 32)
+    score = lambda a: (rotate(q, rotary_table([a], 2, 2, 32, 'cpu')) * rotate(k, rotary_table([a + 3], 2, 2, 32, 'cpu'))).sum()
+    torch.testing.assert_close(score(0), score(11), rtol=1e-4, atol=1e-4)
+
+
+def test_flow_helpers():
+    torch.testing.assert_close(schedule(4, 5.0), torch.tensor([1, .9375, 5 / 6, .625, 0]))
+    assert torch.equal(shift_time(torch.tensor([0., .3, 1.]), 1.0), torch.tensor([0., .3, 1.]))
+    x0, eps, t = torch.randn(2, 3, 1, 2, 2), torch.randn(2, 3, 1, 2, 2), torch.rand(2, 3)
+    torch.testing.assert_close(v_to_x0(add_noise(x0, eps, t), eps - x0, t), x0, rtol=0, atol=1e-6)
+
+
+def test_euler_on_a_gaussian_follows_the_closed_form():
+    """Data N(m, s^2): E[v | x_t] is linear, and its ODE maps noise e to m + s e. First-order convergence in steps."""
+    m, s = 1.5, .3
+    velocity = lambda x, t, text, camera: (lambda t: ((t - (1 - t) * s ** 2) * (x - (1 - t) * m)
+                                                      / ((1 - t) ** 2 * s ** 2 + t ** 2) - m))(t[..., None, None, None])
+    eps = torch.randn(64, 2, 1, 1, 1, dtype=torch.float64)
+    errors = [(sample_clip(velocity, eps, None, None, schedule(n, 1.0)) - (m + s * eps)).abs().max() for n in (50, 100, 200)]
+    assert errors[2] < .02 and 1.6 < errors[0] / errors[1] < 2.4 and 1.6 < errors[1] / errors[2] < 2.4
+    first = torch.full((64, 1, 1, 1, 1), 7., dtype=torch.float64)
+    assert torch.equal(sample_clip(velocity, eps, None, None, schedule(4, 1.0), first)[:, :1], first)
+
+
+def test_presets_have_wans_size_and_nano_fits_its_checkpoint():
+    size = {k: sum(p.numel() for n, p in DiT(cfg).named_parameters() if 'camera' not in n) for k, cfg in
+            [(k, PRESETS[k]) for k in ('nano', 'small')]}
+    assert 1e6 < size['nano'] < 4e6 and 2 * size['small'] < 8e6
+    with torch.device('meta'):
+        assert sum(p.numel() for n, p in DiT(PRESETS['wan-1.3b']).named_parameters() if 'camera' not in n) == 1418996800
+
+
+def test_checkpoints_round_trip_and_reject_what_they_are_not(tmp_path):
+    model, path = tiny_model(), str(tmp_path / 'a.safetensors')
+    save_model(path, model.state_dict(), model.cfg, stage='ar', step=3)
+    again, header = load_model(path)
+    assert header['stage'] == 'ar' and again.cfg == model.cfg
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    whole = open(path, 'rb').read()
+    open(path, 'wb').write(whole[:len(whole) // 2])
+    with pytest.raises(BadInput, match='truncated'):
+        load_model(path)
+    torch.save(model.state_dict(), path)
+    with pytest.raises(BadInput, match='pickle'):
+        load_model(path)
+    with pytest.raises(BadInput, match='no such file'):
+        load_model(str(tmp_path / 'b.safetensors'))
+    save_model(path, model.state_dict(), dataclasses.replace(model.cfg, dim=96))
+    with pytest.raises(BadInput, match='do not fit its config'):
+        load_model(path)
+
+
+def test_ema_optimizers_and_learning_rate():
+    model = tiny_model()
+    ema = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    update_ema(ema, model, .9, 10 ** 6)
+    torch.testing.assert_close(ema['head.head.weight'], .1 * model.head.head.weight.detach())
+    adam, muon = make_optimizers(model, 1e-3)
+    count = lambda o: sum(len(g['params']) for g in o.param_groups)
+    assert count(adam) + count(muon) == len(list(model.parameters())) and count(muon) == 2 * 10
+    assert [learning_rate(s, 100, 1, 10, .5) for s in (0, 9, 49, 75, 99)] == pytest.approx([.1, 1, 1, .5, .02])
+
+
+def test_cache_refuses_to_overflow():
+    cache = KVCache(TINY, 1, 2, 4, 'cpu')
+    cache.end = 2
+    with pytest.raises(IndexError, match='holds 2 frames'):
+        cache.update(0, torch.zeros(1, 4, 2, 24), torch.zeros(1, 4, 2, 24))

@@ -1,0 +1,173 @@
+"""Every script, as a user runs it: the chain, resume, two processes, walks, scores, timings, bad input."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, run
+from model import load_tensors
+
+SMALL = ['--frames', 5, '--batch', 4, '--sample_steps', 2, '--log', 1, '--device', 'cpu']
+
+
+@pytest.fixture(scope='session')
+def chain(data, tmp_path_factory):
+    """base -> camera -> ar, four steps each; the folder with their files."""
+    out = str(tmp_path_factory.mktemp('out'))
+    args = ['--data', data, '--out', out, '--steps', 4, *SMALL]
+    run('finetune_camera.py', '--camera', 'none', *args)
+    text = run('finetune_camera.py', '--init', f'{out}/base.safetensors', *args)
+    assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
+    text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
+    assert 'camera, 4 steps' in text and 'gate: ' in text
+    return out
+
+
+def losses(out, stage='ar'):
+    return [json.loads(line)['loss'] for line in open(f'{out}/{stage}.jsonl')]
+
+
+def test_chain_leaves_checkpoints_logs_and_strips(chain):
+    for stage in ('base', 'camera', 'ar'):
+        tensors, meta = load_tensors(f'{chain}/{stage}.safetensors')
+        assert meta['stage'] == stage and meta['step'] == 4 and meta['data']['recipe']['world'] == 'lowpoly'
+        assert ('camera_embedding.weight' in tensors) == (stage != 'base')
+        assert len(losses(chain, stage)) == 4
+        assert iio.imread(f'{chain}/{stage}.png').shape == (4 * 2 * 32 * 2, 5 * 32 * 2, 3)
+    assert not [f for f in os.listdir(chain) if '.tmp' in f]
+
+
+@pytest.mark.parametrize('script, stage, dtype', [('train_ar.py', 'ar', 'bfloat16'), ('finetune_camera.py', 'camera', 'float32')])
+def test_killed_and_restarted_ends_in_the_same_weights(script, stage, dtype, data, chain, tmp_path):
+    args = ['--data', data, '--init', f'{chain}/base.safetensors', '--steps', 12, *SMALL, '--dtype', dtype, '--save', 1]
+    if stage == 'ar':
+        args[3] = f'{chain}/camera.safetensors'
+    run(script, *args, '--out', tmp_path / 'whole')
+    command = [sys.executable, f'{ROOT}/{script}', *map(str, args), '--out', str(tmp_path / 'killed')]
+    for _ in range(2):
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '2'})
+        goal, began = random.randint(1, 4), time.time()
+        seen = lambda: len(open(f'{tmp_path}/killed/{stage}.jsonl').readlines()) if os.path.exists(f'{tmp_path}/killed/{stage}.jsonl') else 0
+        while seen() < goal and p.poll() is None and time.time() - began < 60:
+            time.sleep(.02)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    assert 'go on from' in run(script, *args, '--out', tmp_path / 'killed')
+    for name in (f'{stage}.safetensors', f'{stage}.resume.safetensors'):
+        a, b = (load_tensors(f'{tmp_path}/{d}/{name}')[0] for d in ('whole', 'killed'))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(f'{tmp_path}/killed', stage) == losses(f'{tmp_path}/whole', stage)
+    message = run(script, *args, '--out', tmp_path / 'killed', '--lr', .1, ok=False)
+    assert 'lr 0.003, not 0.1' in message
+
+
+def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
+    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32', '--warmup', 5]
+    run('train_ar.py', *args, '--out', tmp_path / 'one')
+    run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
+    run('train_ar.py', *args, '--out', tmp_path / 'accum', '--accum', 2)
+    one, accum = losses(tmp_path / 'one'), losses(tmp_path / 'accum')
+    assert len(one) == 20 and max(abs(a - b) for a, b in zip(one, accum)) < 1e-4
+    # rank 0 logs its own half of each batch: the weights tell whether the halves were averaged
+    a, b = (load_tensors(f'{tmp_path}/{d}/ar.safetensors')[0] for d in ('one', 'two'))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
+def test_chunks_of_four(data, chain, tmp_path):
+    run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 2, '--chunk', 4, *SMALL)
+    out = tmp_path / 'walk.gif'
+    run('stream.py', '--ckpt', tmp_path / 'ar.safetensors', '--keys', 'w*8', '--steps', 2, '--out', out)
+    assert iio.imread(out, index=None).shape[0] == 9
+
+
+@pytest.mark.parametrize('first', ['world', 'prompt', 'picture'])
+def test_walk(first, chain, tmp_path):
+    if first == 'picture':
+        first = tmp_path / 'drawing.png'
+        iio.imwrite(first, np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8))
+    out = tmp_path / 'walk.mp4'
+    run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--keys', 'w*3,wl*6,dn*1', '--steps', 2, '--first', first, '--out', out,
+        '--truth', first == 'world')
+    assert iio.imread(out).shape == (11, 384, 768 if first == 'world' else 384, 3)
+
+
+def test_poses_instead_of_keys_walk_the_same(chain, tmp_path):
+    from camera import keys_to_poses
+    poses = keys_to_poses('w*2,l*2').tolist()
+    (tmp_path / 'ours.json').write_text(json.dumps(poses))
+    (tmp_path / 'minwm.json').write_text(json.dumps({str(i): {'extrinsic': p, 'K': None} for i, p in enumerate(poses)}))
+    for name, args in (('keys', ['--keys', 'w*2,l*2']), ('ours', ['--poses', tmp_path / 'ours.json']),
+                       ('minwm', ['--poses', tmp_path / 'minwm.json'])):
+        run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--steps', 2, '--out', tmp_path / f'{name}.gif', *args)
+    assert (tmp_path / 'keys.gif').read_bytes() == (tmp_path / 'ours.gif').read_bytes() == (tmp_path / 'minwm.gif').read_bytes()
+
+
+def test_score_and_bench_write_every_key(chain, tmp_path):
+    run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--score', tmp_path / 's.json', '--steps', 2)
+    s = json.load(open(tmp_path / 's.json'))
+    for k in ('psnr psnr_se psnr_seen psnr_ceiling psnr_copy psnr_wrong_path rot_err_deg trans_err_m sharpness motion').split():
+        assert len(s[k]) == 5, k
+    assert {'drift_db_per_frame', 'fd', 'fd_features', 'n_paths', 'n_dropped', 'steps', 'world', 'plans', 'ckpt', 'seed'} <= s.keys()
+    assert s['n_paths'] == 4 and s['psnr'][0] == pytest.approx(s['psnr_ceiling'][0], abs=1e-3)
+    run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--bench', tmp_path / 'b.json', '--steps', 1)
+    b = json.load(open(tmp_path / 'b.json'))
+    assert {'fps', 'fps_denoiser', 'latency_ms_p50', 'latency_ms_p95', 'latency_growth', 'first_frame_s', 'peak_mb',
+            'floor_ratio', 'device', 'dtype', 'height', 'width', 'steps', 'chunk'} <= b.keys()
+    assert b['fps'] <= b['fps_denoiser'] and b['latency_ms_p50'] <= b['latency_ms_p95'] and b['floor_ratio'] > 1
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--keys', 'w*3,x*2'], 'group 2'), (['--ckpt', 'nowhere.safetensors'], 'no such file'), (['--steps', 0], 'at least 1'),
+    (['--first', 'nowhere.png'], 'not a readable picture'), (['--out', 'walk.avi'], 'end it in .mp4 or .gif'),
+    (['--poses', __file__], 'not a list of 4x4'), (['--window', 1], 'too small'), (['--device', 'abacus'], 'choose auto'),
+    (['--out', '/proc/nowhere/walk.mp4'], '/proc/nowhere')])
+def test_stream_says_what_is_wrong(args, words, chain):
+    assert words in run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--steps', 1, *args, ok=False)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--chunk', 3], '5 frames do not divide'), (['--batch', 3, '--accum', 2], 'does not divide by 1 processes x --accum 2'),
+    (['--preset', 'huge', '--init', 'none'], 'choose one of nano'), (['--frames', 99], 'frames'),
+    (['--out', '/proc/nowhere'], '/proc/nowhere')])
+def test_training_says_what_is_wrong(args, words, data, chain, tmp_path):
+    assert words in run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 1,
+                        *SMALL, *args, ok=False)
+
+
+def test_damaged_files_are_named_and_earlier_output_survives(data, chain, tmp_path):
+    import shutil
+    copy = str(tmp_path / 'clips')
+    shutil.copytree(data, copy)
+    shard = next(f for f in sorted(os.listdir(copy)) if f.startswith('train'))
+    out = tmp_path / 'out'
+    args = ['--data', copy, '--init', f'{chain}/camera.safetensors', '--out', out, '--steps', 1, *SMALL]
+    run('train_ar.py', *args)
+    before = (out / 'ar.safetensors').read_bytes()
+    os.remove(out / 'ar.resume.safetensors')
+    for damage in (b'', open(f'{copy}/{shard}', 'rb').read()[:1000]):
+        open(f'{copy}/{shard}', 'wb').write(damage)
+        assert shard in run('train_ar.py', *args, ok=False)
+    torch.save({'a': torch.zeros(1)}, tmp_path / 'evil.safetensors')
+    assert 'pickle' in run('train_ar.py', '--data', data, '--init', tmp_path / 'evil.safetensors', '--out', out, '--steps', 1, *SMALL, ok=False)
+    assert (out / 'ar.safetensors').read_bytes() == before
+
+
+def test_a_missing_package_is_named(tmp_path):
+    (tmp_path / 'vizdoom.py').write_text('raise ImportError')
+    message = run('data.py', '--world', 'doom', '--out', tmp_path / 'doom', '--clips', 1, ok=False, PYTHONPATH=str(tmp_path))
+    assert 'pip install vizdoom' in message and not os.path.exists(tmp_path / 'doom')
+
+
+def test_missing_data_is_made(tmp_path):
+    from data import Config
+    small = Config(out=str(tmp_path / 'd'), plans=2, clips=2, val_clips=2, frames=5, height=32, width=32)
+    text = run('data.py', *sum(([f'--{k}', v] for k, v in vars(small).items()), []))
+    assert 'sheet.png' in text and iio.imread(tmp_path / 'd' / 'sheet.png').ndim == 3
