@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
@@ -57,14 +58,13 @@ COLOURS = {'red': (.80, .22, .20), 'orange': (.90, .55, .12), 'yellow': (.93, .8
            'teal': (.13, .55, .55), 'blue': (.18, .38, .75), 'purple': (.45, .28, .65), 'pink': (.88, .45, .62),
            'white': (.88, .88, .86), 'grey': (.48, .49, .51), 'brown': (.42, .30, .24), 'mint': (.52, .76, .60)}
 SKIES = {'day': (.50, .70, .92), 'dusk': (.93, .62, .48), 'overcast': (.72, .75, .78), 'night': (.12, .14, .28)}
-ROLES = ['floor', 'walls', 'walls', 'boxes', 'boxes', 'balls', 'balls']
 
 
 def make_plan(seed):
     """Geometry: boxes (6, 2, 3) as (low, high) corners and balls (5, 4) as (centre, radius), metres, float64 numpy."""
     r = np.random.default_rng([1, seed])
     boxes, balls, spots = [], [], []
-    while len(boxes) + len(balls) < 11:
+    while len(spots) < 11:
         box = len(boxes) < 6
         size = r.uniform(.25, .9, 2) if box else np.full(2, r.uniform(.3, .6))
         at = r.uniform(-ARENA + 1, ARENA - 1, 2)
@@ -80,10 +80,9 @@ def make_plan(seed):
 
 
 def make_palette(seed):
-    """(caption, colours (8, 3) float32: sky, then ROLES). The caption names every colour in a fixed order."""
+    """(caption, colours (8, 3) float32: sky, floor, 2 for walls, boxes, balls). The caption names them in that order."""
     r = np.random.default_rng([2, seed])
-    sky = list(SKIES)[r.integers(len(SKIES))]
-    names = [list(COLOURS)[i] for i in r.permutation(len(COLOURS))[:len(ROLES)]]
+    sky, names = r.choice(list(SKIES)), r.permutation(list(COLOURS))[:7]
     floor, wall, wall2, box, box2, ball, ball2 = names
     caption = f'{sky} sky {floor} floor {wall} and {wall2} walls {box} and {box2} boxes {ball} and {ball2} balls'
     return caption, torch.tensor([SKIES[sky]] + [COLOURS[n] for n in names])
@@ -100,7 +99,8 @@ class Lowpoly:
     def shade(self, o, d):
         """Colour (B, R, 3), distance (B, R) and surface (B, R), a number that jumps at edges, of the rays o + s d,
         d of unit length, (B, R, 3) each. Each object is one pass that keeps the nearest hit so far."""
-        inv = 1 / torch.where(d.abs() < 1e-6, 1e-6, d)
+        d = torch.where(d.abs() < 1e-6, 1e-6, d)
+        inv = 1 / d
         far = torch.full_like(d[..., 0], 1e4)
         # the floor, a checkerboard of 1 m
         s = -o[..., 1] * inv[..., 1]
@@ -167,16 +167,15 @@ def walk(plan, frames, rng):
     (boxes, balls), metres, degrees = plan, rng.uniform(.04, .25), rng.uniform(1.5, 10)
 
     def free(x, z, margin=.35):
-        return (max(abs(x), abs(z)) < ARENA - margin
-                and not ((boxes[:, 0, 0] - margin < x) & (x < boxes[:, 1, 0] + margin)
-                         & (boxes[:, 0, 2] - margin < z) & (z < boxes[:, 1, 2] + margin)).any()
-                and (np.hypot(balls[:, 0] - x, balls[:, 2] - z) > balls[:, 3] + margin).all())
+        p = np.array([x, z])
+        return (np.abs(p).max() < ARENA - margin
+                and not ((boxes[:, 0, ::2] - margin < p) & (p < boxes[:, 1, ::2] + margin)).all(1).any()
+                and (np.linalg.norm(balls[:, :3:2] - p, axis=1) > balls[:, 3] + margin).all())
 
-    while True:                                               # start where there is a view: 1.5 m free ahead
+    ahead = [False]
+    while not all(ahead):                                     # start where there is a view: 1.5 m free ahead
         x, z, yaw = *rng.uniform(-ARENA, ARENA, 2), rng.uniform(-180, 180)
-        s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
-        if all(free(x + a * s, z + a * c) for a in (0, .5, 1, 1.5)):
-            break
+        ahead = [free(x + a * math.sin(math.radians(yaw)), z + a * math.cos(math.radians(yaw))) for a in (0, .5, 1, 1.5)]
     state = (x, -1.0, z), yaw, float(rng.choice([0, 0, 0, -8, 8]))
     states, hold = [state], 0
     while len(states) < frames:
@@ -226,6 +225,7 @@ def doom_clips(cfg, split, indices):
         raise BadInput(f'--map {cfg.map}: not a map that ships with ViZDoom: {", ".join(maps)}')
     game = vzd.DoomGame()
     game.load_config(scenario)
+    game.set_doom_config_path(os.path.join(tempfile.gettempdir(), '_vizdoom.ini'))
     game.set_window_visible(False)
     game.set_screen_format(vzd.ScreenFormat.RGB24)
     game.set_screen_resolution(vzd.ScreenResolution.RES_320X240)
@@ -253,15 +253,12 @@ def doom_clips(cfg, split, indices):
                 keys = r.choice(['w', 'wl', 'wj', 'l', 'j', 'a', 'd', 's'], p=[.3, .17, .17, .1, .1, .05, .05, .06])
                 hold = r.integers(3, 9)
             hold -= 1
-            turn = degrees * (('l' in keys) - ('j' in keys))
-            for _ in range(tics):
-                game.make_action([float(k in keys) for k in 'wsad'] + [turn / tics], 1)
+            game.make_action([float(k in keys) for k in 'wsad'] + [degrees * (('l' in keys) - ('j' in keys)) / tics], tics)
         position, yaw, pitch = (torch.tensor(v, dtype=torch.float64) for v in zip(*poses))
         out.append((torch.stack(frames).round().byte(), make_pose(position, yaw, pitch).float()))
     game.close()
     frames, c2w = (torch.stack(x) for x in zip(*out))
-    K = intrinsics(FOV, cfg.width / cfg.height).repeat(len(out), 1)
-    return dict(frames=frames, c2w=c2w, K=K), [f'doom {cfg.map}'] * len(out)
+    return dict(frames=frames, c2w=c2w, K=intrinsics(FOV, cfg.width / cfg.height).repeat(len(out), 1)), [f'doom {cfg.map}'] * len(out)
 
 # -----------------------------------------------------------------------------
 # codec "dct": a picture as 16 channels at 1/8 resolution, the shape of Wan's latents, without weights
@@ -328,7 +325,7 @@ def make(cfg):
     if cfg.world not in WORLDS:
         raise BadInput(f'--world {cfg.world}: choose one of {", ".join(WORLDS)}')
     if min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames) < 1 or cfg.height % 16 or cfg.width % 16:
-        raise BadInput('data: plans, clips, val_clips and frames must be at least 1, height and width multiples of 16')
+        raise BadInput('plans, clips, val_clips and frames must be at least 1, height and width multiples of 16')
     recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers')}
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
@@ -336,24 +333,26 @@ def make(cfg):
             raise BadInput(f'{out} was made with {changed}: give another --out, or delete it')
         print(f'{out} is there already')
         return out
-    tmp = f'{out}.tmp{os.getpid()}'
     try:
-        os.makedirs(tmp)
+        os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+        tmp = tempfile.TemporaryDirectory(prefix=os.path.basename(out) + '.tmp', dir=os.path.dirname(out) or '.',
+                                          ignore_cleanup_errors=True)        # gone again whatever happens
     except OSError as e:
         raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
-    jobs = [(cfg, tmp, split, name, i, list(range(i, min(n, i + 50)))) for split, name, n in
+    jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + 50)))) for split, name, n in
             ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, 50)]
     made = []
-    with ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool, tqdm(total=cfg.clips + cfg.val_clips, desc=out) as bar:
+    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool, tqdm(total=len(jobs), desc=out) as bar:
         for one in pool.map(_make_shard, jobs):
             made.append(one)
-            bar.update(one[0]['clips'])
-    shards, sheets, std = zip(*made)
-    iio.imwrite(f'{tmp}/sheet.png', sheets[0])
+            bar.update()
+        shards, sheets, std = zip(*made)
+        iio.imwrite(f'{tmp.name}/sheet.png', sheets[0])
+        with open(f'{tmp.name}/manifest.json', 'w') as f:
+            json.dump({'recipe': recipe, 'codec': 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
+        os.chmod(tmp.name, 0o755)
+        os.replace(tmp.name, out)
     print('standard deviation of the latent channels:', *(f'{s:.2f}' for s in torch.stack(std).mean(0)))
-    with open(f'{tmp}/manifest.json', 'w') as f:
-        json.dump({'recipe': recipe, 'codec': 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
-    os.replace(tmp, out)
     print(f'{cfg.clips} + {cfg.val_clips} clips of {cfg.frames} frames in {out}; look at {out}/sheet.png')
     return out
 
@@ -420,14 +419,14 @@ class Batch:
 def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same."""
-    rows = []
+    rows, train = [], clips.split == 'train'
     for j in range(first, first + count):
-        r = np.random.default_rng([seed, clips.split == 'val', j])
-        i = int(r.integers(len(clips))) if clips.split == 'train' else j % len(clips)
+        r = np.random.default_rng([seed, not train, j])
+        i = int(r.integers(len(clips))) if train else j % len(clips)                        # held out: in order
         z, c2w, K = clips.read(i)
         if len(z) < frames:
             raise BadInput(f'the clips have {len(z)} frames, {frames} are asked for: use fewer --frames or longer clips')
-        a = int(r.integers(len(z) - frames + 1)) if clips.split == 'train' else 0
+        a = int(r.integers(len(z) - frames + 1)) if train else 0
         rows.append((z[a:a + frames].float(), c2w[a:a + frames], K.expand(frames, 4), clips.captions[i],
                      torch.from_numpy(r.standard_normal((frames, *z.shape[1:]), dtype=np.float32)),
                      torch.from_numpy(r.random(frames + 4, dtype=np.float32))))
@@ -445,7 +444,7 @@ def psnr(a, b):
 
 
 def write_strip(path, *videos, scale=2):
-    """PNG of clips: for each b the rows videos[0][b], videos[1][b], ...; each video (B, F, H, W, 3) in [0, 1]."""
+    """PNG with the rows videos[0][b], videos[1][b], ... for each b; each video (B, F, H, W, 3) in [0, 1]."""
     picture = rearrange(torch.stack(videos), 'v b f h w c -> (b v h) (f w) c').clamp(0, 1).mul(255).round().byte().cpu()
     tmp = f'{path}.tmp{os.getpid()}.png'
     iio.imwrite(tmp, picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())

@@ -42,11 +42,11 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 1000
-    batch: int = 16               # effective batch: over all processes and micro-batches
+    steps: int = 1400
+    batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
-    lr: float = 3e-3
+    lr: float = 8e-3
     warmup: int = 50              # steps
     decay: float = 0.5            # last fraction of the steps, over which lr falls to 0
     muon: bool = True             # Muon for the blocks' matrices; False: AdamW alone

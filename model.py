@@ -54,7 +54,7 @@ class ModelConfig:
     camera_freqs: int = 3         # octaves of the Plücker map's Fourier features
     chunk: int = 1                # frames denoised together
     first: int = 1                # frames in the first chunk: 1, or `chunk` as in minWM
-    shift: float = 2.0            # time schedule: more noise for more tokens a frame
+    shift: float = 4.0            # time schedule: more noise for more tokens a frame
 
 
 PRESETS = {                       # parameters: 3.4 M, 3.9 M, 1.42 B, 14.3 B without the camera
