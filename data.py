@@ -12,7 +12,7 @@ A shard holds, for n clips of F frames (one frame is one latent frame):
     K       (n, 4) float32                        normalised fx, fy, cx, cy    plan, palette (n,) int64 (lowpoly)
     frames  (n, F, H, W, 3) uint8                 val shards only: the truth   header: {"captions": [...]}
 
-World frame: OpenCV axes, y down, the floor at y = 0, the camera 1 m above it (camera.py states the signs).
+World frame: OpenCV axes as in camera.py, the floor at y = 0, the camera 1 m above it.
 """
 import argparse
 import json
@@ -72,10 +72,7 @@ def make_plan(seed):
             continue                                          # keep paths of 0.7 m between things
         spots.append((at, size.max()))
         (x, z), (a, b) = at, size
-        if box:
-            boxes.append([[x - a, -r.uniform(.5, 2.2), z - b], [x + a, 0, z + b]])
-        else:
-            balls.append([x, -a, z, a])
+        (boxes if box else balls).append([[x - a, -r.uniform(.5, 2.2), z - b], [x + a, 0, z + b]] if box else [x, -a, z, a])
     return np.array(boxes), np.array(balls)
 
 
@@ -159,11 +156,8 @@ class Lowpoly:
 
 
 def walk(plan, frames, rng):
-    """A random keyboard walk that does not pass through things: c2w (frames, 4, 4) float32.
-
-    Keys are held for 3 to 8 frames at a speed drawn per clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame). A step
-    that is blocked becomes a turn, so that it seldom stands still.
-    """
+    """A random keyboard walk that does not pass through things: c2w (frames, 4, 4) float32. Keys are held for 3 to 8
+    frames at a speed drawn per clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame). A blocked step becomes a turn."""
     (boxes, balls), metres, degrees = plan, rng.uniform(.04, .25), rng.uniform(1.5, 10)
 
     def free(x, z, margin=.35):
@@ -197,20 +191,20 @@ def lowpoly_clips(cfg, split, indices):
     plans, palettes, paths = [], [], []
     for i in indices:
         r = np.random.default_rng([cfg.seed, split, i])
-        held_out = split * (cfg.plans > 1)
-        plans.append(int(r.integers(cfg.plans)) + 10 ** 6 * held_out + 10 ** 7 * cfg.seed)
+        plans.append(int(r.integers(cfg.plans)) + 10 ** 6 * split * (cfg.plans > 1) + 10 ** 7 * cfg.seed)
         palettes.append(int(r.integers(4 if cfg.plans == 1 else 10 ** 6)) + 10 ** 7 * cfg.seed)
         paths.append(walk(make_plan(plans[-1]), cfg.frames, r))
     c2w, K = torch.stack(paths), intrinsics(FOV, cfg.width / cfg.height).expand(len(indices), 4)
     frames = torch.cat([Lowpoly(plans[i:i + 1], palettes[i:i + 1]).render(                # one at a time fits the cache
         c2w[i:i + 1], K[i].expand(1, cfg.frames, 4), cfg.height, cfg.width)[0] for i in range(len(indices))])
-    return dict(frames=(frames * 255).round().byte(), c2w=c2w, K=K, plan=torch.tensor(plans),
-                palette=torch.tensor(palettes)), [make_palette(p)[0] for p in palettes]
+    ids = dict(plan=torch.tensor(plans), palette=torch.tensor(palettes))
+    return dict(frames=(frames * 255).round().byte(), c2w=c2w, K=K) | ids, [make_palette(p)[0] for p in palettes]
 
 # -----------------------------------------------------------------------------
 # world "doom": frames and exact poses of a real game, by ViZDoom (its wheel carries the Freedoom assets)
 
 UNITS = 64                        # map units in a metre, by our convention
+DOOM_K = torch.tensor([.5, .8, .5, .5])   # 90 degrees wide, 4:3, and the engine stretches upwards by 1.2 (measured on walls)
 
 
 def doom_clips(cfg, split, indices):
@@ -242,13 +236,12 @@ def doom_clips(cfg, split, indices):
         game.set_seed(int(r.integers(2 ** 31)))
         game.new_episode()
         game.make_action([0] * 4 + [float(r.uniform(-180, 180))], 1)
-        tics, degrees, hold, frames, poses = int(r.integers(1, 3)), r.uniform(1.5, 10), 0, [], []
+        tics, degrees, hold, frames, poses = int(r.integers(1, 4)), r.uniform(1.5, 10), 0, [], []
         for _ in range(cfg.frames):
             x, y, z, angle = game.get_state().game_variables
             picture = torch.from_numpy(game.get_state().screen_buffer.copy()).permute(2, 0, 1)[None].float()
             frames.append(F.interpolate(picture, (cfg.height, cfg.width), mode='area')[0].permute(1, 2, 0))
-            # the game's x is east, y north, angles turn left from east: ours z = x, x = -y, yaw = -angle
-            poses.append(([-y / UNITS, -z / UNITS, x / UNITS], -angle, 0.))
+            poses.append(([-y / UNITS, -z / UNITS, x / UNITS], -angle, 0.))   # theirs: x east, y north, angles to the left
             if hold == 0:
                 keys = r.choice(['w', 'wl', 'wj', 'l', 'j', 'a', 'd', 's'], p=[.3, .17, .17, .1, .1, .05, .05, .06])
                 hold = r.integers(3, 9)
@@ -258,7 +251,7 @@ def doom_clips(cfg, split, indices):
         out.append((torch.stack(frames).round().byte(), make_pose(position, yaw, pitch).float()))
     game.close()
     frames, c2w = (torch.stack(x) for x in zip(*out))
-    return dict(frames=frames, c2w=c2w, K=intrinsics(FOV, cfg.width / cfg.height).repeat(len(out), 1)), [f'doom {cfg.map}'] * len(out)
+    return dict(frames=frames, c2w=c2w, K=DOOM_K.repeat(len(out), 1)), [f'doom {cfg.map}'] * len(out)
 
 # -----------------------------------------------------------------------------
 # codec "dct": a picture as 16 channels at 1/8 resolution, the shape of Wan's latents, without weights
@@ -341,12 +334,8 @@ def make(cfg):
         raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
     jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + 50)))) for split, name, n in
             ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, 50)]
-    made = []
-    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool, tqdm(total=len(jobs), desc=out) as bar:
-        for one in pool.map(_make_shard, jobs):
-            made.append(one)
-            bar.update()
-        shards, sheets, std = zip(*made)
+    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool:
+        shards, sheets, std = zip(*tqdm(pool.map(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
         iio.imwrite(f'{tmp.name}/sheet.png', sheets[0])
         with open(f'{tmp.name}/manifest.json', 'w') as f:
             json.dump({'recipe': recipe, 'codec': 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
@@ -421,7 +410,7 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same."""
     rows, train = [], clips.split == 'train'
     for j in range(first, first + count):
-        r = np.random.default_rng([seed, not train, j])
+        r = np.random.default_rng([seed, 10 + train, j])
         i = int(r.integers(len(clips))) if train else j % len(clips)                        # held out: in order
         z, c2w, K = clips.read(i)
         if len(z) < frames:
@@ -452,10 +441,10 @@ def write_strip(path, *videos, scale=2):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        parser.add_argument(f'--{f.name}', type=f.type, default=f.default, help=f'(default: {f.default})')
+        p.add_argument(f'--{f.name}', type=f.type, default=f.default, help=f'(default: {f.default})')
     try:
-        make(Config(**vars(parser.parse_args())))
+        make(Config(**vars(p.parse_args())))
     except BadInput as e:
         sys.exit(f'error: {e}')

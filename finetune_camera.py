@@ -42,7 +42,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 1400
+    steps: int = 1200
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
@@ -60,8 +60,8 @@ class Config:
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
-    log: int = 50                 # steps between log lines
-    save: int = 200               # steps between resume checkpoints
+    log_every: int = 50           # steps between log lines
+    save_every: int = 200         # steps between resume checkpoints
     sample_steps: int = 16        # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def main(cfg, stage):
 
     # -------------------------------------------------------------------------
     # same in every stage: optimizer, resume, loop
-    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log', 'save')}
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log_every', 'save_every')}
     optimizers = make_optimizers(model, cfg.lr, cfg.muon)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
@@ -166,7 +166,7 @@ def main(cfg, stage):
         lines = open(f'{path}.jsonl').read().splitlines() if start and os.path.exists(f'{path}.jsonl') else []
         log = open(f'{path}.jsonl', 'w')
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
-    total, levels, began = 0.0, torch.zeros(2, 4), time.time()
+    sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
@@ -177,10 +177,8 @@ def main(cfg, stage):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, error, t = loss_fn(net, cfg, batch)
             (loss / cfg.accum).backward()
-            total += loss.item() / cfg.accum
-            for b in range(4):                                               # loss by noise level
-                inside = (t > b / 4) & (t <= (b + 1) / 4)
-                levels[:, b] += torch.stack([error[inside].sum(), inside.sum()]).detach().cpu()
+            level = (t[..., None] > torch.arange(4, device=device) / 4) & (t[..., None] <= torch.arange(1, 5, device=device) / 4)
+            sums += torch.cat([loss[None] / cfg.accum, (error[..., None] * level).sum((0, 1)), level.sum((0, 1))]).detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
         for opt in optimizers:
             for group in opt.param_groups:
@@ -188,18 +186,20 @@ def main(cfg, stage):
             opt.step()
             opt.zero_grad(set_to_none=True)
         update_ema(ema, model, cfg.ema, step)
-        if rank == 0 and ((step + 1) % cfg.log == 0 or step + 1 == cfg.steps):
-            n = step % cfg.log + 1 if step + 1 - start >= cfg.log else step + 1 - start
-            ms = (time.time() - began) * 1e3 / n
-            line = dict(step=step + 1, loss=total / n, levels=(levels[0] / levels[1].clamp(min=1)).tolist(), norm=norm,
-                        lr=lr, ms=ms, frames_s=cfg.batch * cfg.frames / ms * 1e3, batch=cfg.batch)
-            tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} | by t ' +
-                       ' '.join(f'{x:.3f}' for x in line['levels']) +
-                       f' | norm {norm:6.3f} | lr {lr:.1e} | {ms:6.0f} ms | {line["frames_s"]:6.0f} frames/s')
-            log.write(json.dumps(line) + '\n')
-            log.flush()
-            total, levels, began = 0.0, torch.zeros(2, 4), time.time()
-        if rank == 0 and ((step + 1) % cfg.save == 0 or step + 1 == cfg.steps):
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            if world > 1:
+                dist.all_reduce(sums)
+            n = min((step % cfg.log_every) + 1, step + 1 - start)
+            ms, levels = (time.time() - began) * 1e3 / n, (sums[1:5] / sums[5:].clamp(min=1)).tolist()
+            line = dict(step=step + 1, loss=sums[0].item() / n / world, levels=levels, norm=norm, lr=lr, ms=ms,
+                        frames_s=cfg.batch * cfg.frames / ms * 1e3, batch=cfg.batch)
+            if rank == 0:
+                tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} | by t ' + ' '.join(f'{x:.3f}' for x in levels) +
+                           f' | norm {norm:6.3f} | lr {lr:.1e} | {ms:6.0f} ms | {line["frames_s"]:6.0f} frames/s')
+                log.write(json.dumps(line) + '\n')
+                log.flush()
+            sums, began = torch.zeros(9, device=device), time.time()
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
 
     # -------------------------------------------------------------------------

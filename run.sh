@@ -22,7 +22,7 @@ recipe)
     start=$SECONDS
     took() { echo "--- $1: $((SECONDS - start)) s since the start"; }
     python data.py --world lowpoly --plans "$PLANS" --out "$DATA"                                  ; took clips
-    python finetune_camera.py --camera none --steps 400 --data "$DATA" --out "$OUT"                     ; took base
+    python finetune_camera.py --camera none --steps 300 --data "$DATA" --out "$OUT"                 ; took base
     python finetune_camera.py --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT"           ; took camera
     python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
     python stream.py --ckpt "$OUT/ar.safetensors" --truth True --out "$OUT/walk.mp4"

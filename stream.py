@@ -178,8 +178,9 @@ def walk_to_file(model, cfg, header, device):
             raise BadInput('--truth True: only lowpoly, started from its own frame, can be rendered exactly')
         c2w = world['c2w'][:, :1] @ path
         exact = Lowpoly(world['plan'].tolist(), world['palette'].tolist()).render(
-            c2w, world['K'][:, None].expand(-1, c2w.shape[1], -1), H * scale, W * scale)[0][0]
-        pictures = [np.concatenate(p, 1) for p in zip((exact * 255).round().byte().numpy(), pictures)]
+            c2w, world['K'][:, None].expand(-1, c2w.shape[1], -1), H * scale // 2, W * scale // 2)[0][0]
+        exact = (exact * 255).round().byte().repeat_interleave(2, 1).repeat_interleave(2, 2).numpy()
+        pictures = [np.concatenate(p, 1) for p in zip(exact, pictures)]
     write_video(cfg.out, pictures, cfg.fps)
     print(f'{cfg.out}: {len(pictures)} frames, {cfg.steps} steps a frame')
 
@@ -312,7 +313,7 @@ def score(model, cfg, header, device):
     if recipe['world'] == 'lowpoly':
         lowpoly = Lowpoly(world['plan'].tolist(), world['palette'].tolist())
         views = K[:, None].expand(-1, length, -1)
-        seen = seen_mask(torch.cat([lowpoly.render(c2w, views, *truth.shape[2:4], edges=0)[1]]), c2w, K)
+        seen = seen_mask(lowpoly.render(c2w, views, *truth.shape[2:4], edges=0)[1], c2w, K)
         error = (dream.clamp(0, 1) - truth).square().mean(-1)
         for name, mask in (('psnr_seen', seen), ('psnr_unseen', ~seen)):
             share = mask.float().mean((2, 3))
