@@ -42,7 +42,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer

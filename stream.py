@@ -36,7 +36,7 @@ from model import chunk_ids, embed_text, load_model, pick_device, rollout, sched
 class Config:
     ckpt: str = 'out/ar.safetensors'
     # the walk
-    keys: str = 'w*6,wl*9,w*6,j*6,wj*6'
+    keys: str = 'w*4,wl*4,w*4,j*4'
     poses: str = ''               # instead of keys: JSON, a list of 4x4 c2w or minWM's {"0": {"extrinsic": c2w}, ...}
     first: str = 'world'          # frame 0: world (held-out clip --clip), prompt (dreamt), or a picture file
     clip: int = 0

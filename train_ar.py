@@ -42,7 +42,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 1600
+    steps: int = 2000
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
@@ -99,8 +99,8 @@ def evaluate(model, cfg, clips, device, strip=None):
 
     def generate(c2w):
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
-        noise = iter(batch.eps.split(sizes, 1))
         first = batch.x0[:, :1] if sizes[0] == 1 else None
+        noise = iter(batch.eps.split(sizes, 1)[first is not None:])
         return decode(torch.cat(list(rollout(model, cameras, batch.text, schedule(cfg.sample_steps, model.cfg.shift),
                                              lambda n: next(noise), first, window=cfg.frames)), 1))
     truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255

@@ -7,7 +7,7 @@ from model import chunk_ids, rollout, schedule, teacher_forcing_mask
 from test_model import tiny_model
 
 
-def walk(model, frames, H, W, first=None, window=None, guidance=1.0, calls=None):
+def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None):
     """Roll out `frames` frames, camera and text on; record every network call in `calls` as (x, t, cache.end, v)."""
     g = torch.Generator().manual_seed(1)
     c2w = keys_to_poses('w*2,wl*3,di*2,j*30')[:frames].expand(2, -1, 4, 4)

@@ -1,12 +1,15 @@
 """Masks against literal grids, attention against the dense path, flow helpers against closed forms."""
 import dataclasses
+import json
+import os
 
 import pytest
 import torch
 
 from camera import BadInput, Camera, intrinsics, keys_to_poses
+from conftest import ROOT
 from model import (PRESETS, DiT, KVCache, ModelConfig, add_noise, block_row_attention, causal_mask, chunk_ids,
-                   dense_attention, flex_frame_attention, learning_rate, load_model, make_optimizers, rotary_table,
+                   dense_attention, flex_frame_attention, gate, learning_rate, load_model, make_optimizers, rotary_table,
                    rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
 
 TINY = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4)
@@ -133,3 +136,15 @@ def test_cache_refuses_to_overflow():
     cache.end = 2
     with pytest.raises(IndexError, match='holds 2 frames'):
         cache.update(0, torch.zeros(1, 4, 2, 24), torch.zeros(1, 4, 2, 24))
+
+
+def test_gate_passes_and_fails_by_the_committed_thresholds():
+    with open(os.path.join(ROOT, 'expected', 'nano.json')) as f:
+        expected = json.load(f)
+    for stage in ('base', 'camera', 'ar'):
+        assert expected[stage]['curve'] and expected[stage]['thresholds'] and expected[stage]['command']
+        assert gate(stage, 'nano', expected[stage]['metrics']).startswith('gate: PASS')
+        worse = {k: v + 10 if 'loss' in k else v - 10 for k, v in expected[stage]['metrics'].items()}
+        line = gate(stage, 'nano', worse)
+        assert line.startswith('gate: FAIL') and '\n  ' in line
+    assert 'none for preset' in gate('ar', 'wan-14b', {})

@@ -66,7 +66,7 @@ def test_killed_and_restarted_ends_in_the_same_weights(script, stage, dtype, dat
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert losses(f'{tmp_path}/killed', stage) == losses(f'{tmp_path}/whole', stage)
     message = run(script, *args, '--out', tmp_path / 'killed', '--lr', .1, ok=False)
-    assert 'lr 0.003, not 0.1' in message
+    assert 'lr 0.008, not 0.1' in message
 
 
 def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
