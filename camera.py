@@ -48,9 +48,6 @@ class Camera:
     K: torch.Tensor                   # (B, F, 4) normalised fx, fy, cx, cy
     on: torch.Tensor | None = None    # (B,) bool; None: all on
 
-    def to(self, device):
-        return Camera(*(x if x is None else x.to(device) for x in (self.c2w, self.K, self.on)))
-
     @staticmethod
     def cat(cameras, dim=1):
         """Join along frames (dim 1; `on` is the first one's) or along the batch (dim 0)."""

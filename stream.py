@@ -105,7 +105,8 @@ def load_poses(path):
 # walking
 
 def walk(model, cfg, header, c2w, K, captions, first, noise):
-    """Generator of pictures (B, n, H, W, 3) in [0, 1] along c2w (B, F, 4, 4): the one path of walk, score and bench."""
+    """Generator of pictures (B, n, H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
+    the same rollout frame by frame."""
     m = model.cfg
     sizes = torch.bincount(chunk_ids(c2w.shape[1], m.chunk, m.first)).tolist()
     cameras = (Camera(a, K[:, None].expand(-1, a.shape[1], -1)) for a in c2w.split(sizes, 1))

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from camera import invert, make_pose, pose_error
+from camera import make_pose, pose_error
 from data import Config, Lowpoly, lowpoly_clips
 from stream import frechet, locate, seen_mask
 

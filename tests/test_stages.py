@@ -165,7 +165,7 @@ def test_a_missing_package_is_named(tmp_path):
     assert 'pip install vizdoom' in message and not os.path.exists(tmp_path / 'doom')
 
 
-def test_missing_data_is_made(tmp_path):
+def test_data_script_leaves_clips_and_a_sheet(tmp_path):
     from data import Config
     small = Config(out=str(tmp_path / 'd'), plans=2, clips=2, val_clips=2, frames=5, height=32, width=32)
     text = run('data.py', *sum(([f'--{k}', v] for k, v in vars(small).items()), []))
