@@ -43,10 +43,14 @@ class BadInput(ValueError):
 
 @dataclass
 class Camera:
-    """The cameras of a batch of clips. `on` False drops a sample's camera (for guidance and its training)."""
+    """The cameras of consecutive frames of a batch of clips."""
     c2w: torch.Tensor                 # (B, F, 4, 4) camera to world, metres, float32
     K: torch.Tensor                   # (B, F, 4) normalised fx, fy, cx, cy
-    on: torch.Tensor | None = None    # (B,) bool; None: all on
+    on: torch.Tensor | None = None    # (B,) bool: False drops a sample's camera, for guidance; None: all on
+    step: torch.Tensor | None = None  # (B, F, 4, 4) poses seen from the frame before; None: steps(c2w)
+
+    def __post_init__(self):
+        self.step = steps(self.c2w) if self.step is None else self.step
 
     @staticmethod
     def cat(cameras, dim=1):
@@ -55,7 +59,8 @@ class Camera:
         if dim == 0 and any(c.on is not None for c in cameras):
             on = torch.cat([torch.ones(len(c.K), dtype=torch.bool, device=c.K.device) if c.on is None else c.on
                             for c in cameras])
-        return Camera(torch.cat([c.c2w for c in cameras], dim), torch.cat([c.K for c in cameras], dim), on)
+        join = lambda name: torch.cat([getattr(c, name) for c in cameras], dim)
+        return Camera(join('c2w'), join('K'), on, join('step'))
 
 # -----------------------------------------------------------------------------
 # poses
@@ -81,6 +86,12 @@ def relative(c2w, origin=None):
     """Poses (B, F, 4, 4) seen from `origin` (B, 4, 4), by default frame 0, which becomes the identity."""
     origin = c2w[:, 0] if origin is None else origin
     return (invert(origin.double())[:, None] @ c2w.double()).to(c2w.dtype)
+
+
+def steps(c2w, before=None):
+    """Poses (B, F, 4, 4) seen from the frame before; the first from `before` (B, 1, 4, 4), else it is the identity."""
+    path = torch.cat([c2w[:, :1] if before is None else before, c2w], 1).double()
+    return (invert(path[:, :-1]) @ path[:, 1:]).to(c2w.dtype)
 
 
 def pose_error(a, b):
@@ -117,9 +128,9 @@ def rays(c2w, K, H, W):
     return c2w[..., :3, 3].float(), d
 
 
-def plucker(camera, H, W):
+def plucker(c2w, K, H, W):
     """The Plücker map (B, F, 6, H, W), float32: each cell's ray as (direction d, moment o x d in metres)."""
-    o, d = rays(camera.c2w, camera.K, H, W)
+    o, d = rays(c2w, K, H, W)
     moment = torch.linalg.cross(o[..., None, None, :].expand_as(d), d)
     return torch.cat([d, moment], -1).movedim(-1, 2)
 

@@ -368,10 +368,10 @@ def load_manifest(folder):
 
 
 class Clips:
-    """The clips of one split of a folder, read by memory map, one at a time."""
+    """The clips of one split of a folder, read by memory map, one at a time; `keys` are the tensors of a clip."""
 
-    def __init__(self, folder, split='train'):
-        self.manifest, self.split, self.rows, self.captions, self.files = load_manifest(folder), split, [], [], []
+    def __init__(self, folder, split='train', keys=('latents', 'c2w', 'K')):
+        self.manifest, self.split, self.keys, self.rows, self.captions, self.files = load_manifest(folder), split, keys, [], [], []
         for shard in self.manifest['shards']:
             if not shard['file'].startswith(split):
                 continue
@@ -391,9 +391,9 @@ class Clips:
 
     __len__ = lambda self: len(self.rows)
 
-    def read(self, i, keys=('latents', 'c2w', 'K')):
+    def read(self, i, keys=None):
         f, row = self.rows[i]
-        return [self.files[f].get_slice(k)[row] for k in keys]
+        return [self.files[f].get_slice(k)[row] for k in keys or self.keys]
 
 
 @dataclass
@@ -402,7 +402,9 @@ class Batch:
     camera: Camera                # poses relative to frame 0
     text: torch.Tensor            # (B, text_len, text_dim)
     eps: torch.Tensor             # (B, F, 16, H, W) the noise of this step
-    u: torch.Tensor               # (B, F + 4) uniform numbers: times, then dropouts
+    u: torch.Tensor               # (B, 2 F + 4) uniform numbers: times, dropouts, times of the history
+    captions: tuple
+    more: tuple = ()              # further tensors of the clips, if Clips was told their keys
 
 
 def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
@@ -412,17 +414,24 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
     for j in range(first, first + count):
         r = np.random.default_rng([seed, 10 + train, j])
         i = int(r.integers(len(clips))) if train else j % len(clips)                        # held out: in order
-        z, c2w, K = clips.read(i)
+        z, c2w, K, *more = clips.read(i)
         if len(z) < frames:
             raise BadInput(f'the clips have {len(z)} frames, {frames} are asked for: use fewer --frames or longer clips')
         a = int(r.integers(len(z) - frames + 1)) if train else 0
         rows.append((z[a:a + frames].float(), c2w[a:a + frames], K.expand(frames, 4), clips.captions[i],
                      torch.from_numpy(r.standard_normal((frames, *z.shape[1:]), dtype=np.float32)),
-                     torch.from_numpy(r.random(frames + 4, dtype=np.float32))))
-    z, c2w, K, captions, eps, u = zip(*rows)
+                     torch.from_numpy(r.random(2 * frames + 4, dtype=np.float32)), *more))
+    z, c2w, K, captions, eps, u, *more = zip(*rows)
     to = lambda x: torch.stack(x).to(device)
     camera = Camera(relative(torch.stack(c2w)).to(device), to(K))
-    return Batch(to(z), camera, embed_text(captions, cfg.text_len, cfg.text_dim).to(device), to(eps), to(u))
+    return Batch(to(z), camera, embed_text(captions, cfg.text_len, cfg.text_dim).to(device), to(eps), to(u),
+                 captions, tuple(to(x) for x in more))
+
+
+def noise_for(seeds, shape, device):
+    """The function n -> noise (B, n, *shape) that `rollout` asks for: sample b's numbers depend on seeds[b] alone."""
+    rngs = [np.random.default_rng([9, *np.atleast_1d(s)]) for s in seeds]
+    return lambda n: torch.from_numpy(np.stack([r.standard_normal((n, *shape), dtype=np.float32) for r in rngs])).to(device)
 
 # -----------------------------------------------------------------------------
 # pictures
@@ -430,6 +439,31 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of pictures in [0, 1], (..., H, W, 3) -> (...); a float tensor."""
     return -10 * (a.clamp(0, 1) - b.clamp(0, 1)).square().mean((-3, -2, -1)).clamp(min=1e-10).log10()
+
+
+def sharpness(x):
+    """Gradient energy of the luma of pictures (..., H, W, 3) -> (...)."""
+    y = x.mean(-1)
+    return y.diff(dim=-1).square().mean((-2, -1)) + y.diff(dim=-2).square().mean((-2, -1))
+
+
+def motion(x):
+    """Energy of the frame differences of videos (..., F, H, W, 3) -> (..., F - 1)."""
+    return x.diff(dim=-4).square().mean((-3, -2, -1))
+
+
+def frechet(a, b):
+    """Fréchet distance of two sets of pictures (n, H, W, 3), between Gaussians fitted to 80 features of each: 4 x 4
+    means of the colours, of the luma's gradient energy and of its square root."""
+    def features(x):
+        x = x.movedim(-1, 1).double()
+        luma = x.mean(1, keepdim=True)
+        energy = F.pad(luma.diff(dim=-1), (0, 1)).square() + F.pad(luma.diff(dim=-2), (0, 0, 0, 1)).square()
+        return F.adaptive_avg_pool2d(torch.cat([x, energy * 10, energy.sqrt()], 1), 4).flatten(1)
+    x, y = features(a), features(b)
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()       # tr (cx cy)^1/2
+    return ((x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
 
 
 def write_strip(path, *videos, scale=2):

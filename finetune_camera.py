@@ -70,10 +70,9 @@ class Config:
 def loss_fn(model, cfg, batch):
     """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
-    model_cfg = getattr(model, 'module', model).cfg
     u, (u_first, u_text, u_camera) = batch.u[:, :1], batch.u[:, F:F + 3].unbind(1)
     # 1) one noise level for all frames of a clip, denser where it is noisy
-    t = shift_time(u, model_cfg.shift).expand(B, F).clone()
+    t = shift_time(u, model.cfg.shift).expand(B, F).clone()
     # 2) in some clips frame 0 is given: its time is 0, it stays clean, and it carries no loss
     given = torch.zeros(B, F, dtype=torch.bool, device=t.device)
     given[:, 0] = u_first < cfg.p_first
@@ -158,6 +157,7 @@ def main(cfg, stage):
     if start:
         say(f'go on from {path}.resume.safetensors, step {start}')
     net = DistributedDataParallel(model) if world > 1 else model
+    net.cfg = model.cfg
     tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
     say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '

@@ -8,7 +8,7 @@ Conventions, used in every file:
   v = eps - x0, so x0 = x_t - t v. A frame with t = 0 is given. Wan's timestep is 1000 t; only `sinusoid` knows it.
 - A chunk is the frames denoised together. A clip is the chunks (1, c, c, ...), or (c, c, ...) as in minWM.
 - A mask is a (frames x frames) bool matrix, rows query, columns key, passed explicitly; nothing is guessed.
-- Cameras: see camera.py. Poses reach the network relative to frame 0 of its sequence.
+- Cameras: see camera.py. Poses reach the network twice: relative to frame 0 of its sequence and to the frame before.
 
 Different from Wan2.1: times are per frame; a camera term (zero at the start) is added to the input; the rotary
 product is in float32 (its angles in float64); text keys and values are computed once per prompt when there is a cache.
@@ -29,7 +29,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from camera import BadInput, Camera, plucker, relative
+from camera import BadInput, Camera, plucker, relative, steps
 
 try:
     from flash_attn import flash_attn_func
@@ -159,23 +159,22 @@ def _block_rows(mask):
     return rows
 
 
+def _gather(x, frames, L):
+    return torch.cat([x[:, :, a * L:b * L] for a, b in frames], 2) if len(frames) > 1 else x[:, :, frames[0][0] * L:frames[0][1] * L]
+
+
 class BlockRowAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt Dh) v for (B, N, S, Dh) under a frame mask, by a loop over its rows: consecutive query
     frames with equal rows attend to just the frames they may see. On a CPU that is the work of the allowed blocks
     only. The backward pass is written out because autograd's own would touch all of k and v once per row."""
 
     @staticmethod
-    def _gather(x, frames, L):
-        parts = [x[:, :, a * L:b * L] for a, b in frames]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-    @staticmethod
     def forward(ctx, q, k, v, rows, Lq, Lk):
-        gather, out, probs = BlockRowAttention._gather, torch.empty_like(q), []
+        out, probs = torch.empty_like(q), []
         for (a, b), frames in rows:
-            scores = q[:, :, a * Lq:b * Lq] * q.shape[-1] ** -0.5 @ gather(k, frames, Lk).mT
+            scores = q[:, :, a * Lq:b * Lq] * q.shape[-1] ** -0.5 @ _gather(k, frames, Lk).mT
             probs.append(scores.softmax(-1))
-            torch.matmul(probs[-1], gather(v, frames, Lk), out=out[:, :, a * Lq:b * Lq])
+            torch.matmul(probs[-1], _gather(v, frames, Lk), out=out[:, :, a * Lq:b * Lq])
         ctx.save_for_backward(q, k, v, out, *probs)
         ctx.rows, ctx.Lq, ctx.Lk = rows, Lq, Lk
         return out
@@ -183,13 +182,13 @@ class BlockRowAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        (q, k, v, out, *probs), gather, Lk = ctx.saved_tensors, BlockRowAttention._gather, ctx.Lk
+        (q, k, v, out, *probs), Lk = ctx.saved_tensors, ctx.Lk
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)             # sum_j p_ij dp_ij, the softmax's correction
         for ((a, b), frames), p in zip(ctx.rows, probs):
             i = slice(a * ctx.Lq, b * ctx.Lq)
-            ds = p * (dout[:, :, i] @ gather(v, frames, Lk).mT - delta[:, :, i]) * q.shape[-1] ** -0.5
-            dq[:, :, i] = ds @ gather(k, frames, Lk)
+            ds = p * (dout[:, :, i] @ _gather(v, frames, Lk).mT - delta[:, :, i]) * q.shape[-1] ** -0.5
+            dq[:, :, i] = ds @ _gather(k, frames, Lk)
             dk_row, dv_row = ds.mT @ q[:, :, i], p.mT @ dout[:, :, i]
             sizes = [(y - x) * Lk for x, y in frames]
             for (x, y), dk_part, dv_part in zip(frames, dk_row.split(sizes, 2), dv_row.split(sizes, 2)):
@@ -246,6 +245,8 @@ class KVCache:
     k, v: per layer (B, frames * L, N, Dh). text: per layer the keys and values of the prompt, filled at first use.
     """
     def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
+        kind = torch.device(device).type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         shape = cfg.num_layers, B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.frames, self.L, self.end = frames, L, 0
@@ -257,6 +258,8 @@ class KVCache:
         b = a + k.shape[1]
         if b > self.frames * self.L:
             raise IndexError(f'the cache holds {self.frames} frames; {b // self.L} are asked of it')
+        if torch.is_grad_enabled():       # self-rollout: nothing that carries gradient is ever stored
+            return torch.cat([self.k[layer, :, :a], k], 1), torch.cat([self.v[layer, :, :a], v], 1)
         self.k[layer, :, a:b], self.v[layer, :, a:b] = k, v
         return self.k[layer, :, :b], self.v[layer, :, :b]
 
@@ -318,12 +321,11 @@ class Attention(nn.Module):
         return self.o(attention(q, k, v, mask).flatten(-2))
 
     def cross_attention(self, x, text, cache, layer):
-        if cache is None or cache.text[layer] is None:
+        kv = cache.text[layer] if cache is not None and not torch.is_grad_enabled() else None
+        if kv is None:
             kv = self.keys_values(text)
-            if cache is not None:
+            if cache is not None and not torch.is_grad_enabled():
                 cache.text[layer] = kv
-        else:
-            kv = cache.text[layer]
         q = self.heads(self.norm_q(self.q(x)))
         return self.o(attention(q.to(kv[1].dtype), kv[0].to(kv[1].dtype), kv[1]).flatten(-2))
 
@@ -382,8 +384,10 @@ class DiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.time_projection[1].weight)
         if cfg.camera == 'plucker':                     # no bias: a dropped camera is exactly a zero map
-            self.camera_embedding = nn.Linear(6 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2, D, bias=False)
+            self.camera_embedding = nn.Linear(12 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2, D, bias=False)
+            self.camera_motion = nn.Linear(12, D, bias=False)
             nn.init.zeros_(self.camera_embedding.weight)
+            nn.init.zeros_(self.camera_motion.weight)
         self.tables = {}                                # rotary tables by (positions, h, w, device)
 
     def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
@@ -406,16 +410,18 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                   # the residual stream and times stay fp32
             x = x.to(dtype)
             if camera is not None and self.cfg.camera == 'plucker':
-                rays = plucker(camera, H, W)                                 # (B, F, 6, H, W)
+                rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
                 waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
                 rays = torch.cat([rays, *(w.sin() for w in waves), *(w.cos() for w in waves)], 2)
-                if camera.on is not None:
-                    rays = rays * camera.on.view(-1, 1, 1, 1, 1)
-                rays = rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
+                on = 1.0 if camera.on is None else camera.on.view(-1, 1, 1).float()
+                rays = on * rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
                 x = x + F.linear(rays, self.camera_embedding.weight.float()).to(dtype)
             e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
+            if camera is not None and self.cfg.camera == 'plucker':          # the move since the last frame, scaled to about 1
+                move = 10 * (camera.step - torch.eye(4, device=x.device))[..., :3, :].flatten(2)
+                e = e + F.linear(move * on, self.camera_motion.weight.float()).to(dtype)
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
-        if cache is None or cache.text[0] is None:
+        if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
         for i, block in enumerate(self.blocks):
             x = block(x, e0, text, self.tables[key], mask, cache, i)         # (B, S, D)
@@ -443,18 +449,25 @@ def sample_clip(model, noise, text, camera, times, first=None):
 # -----------------------------------------------------------------------------
 # walking: the only chunk-by-chunk loop
 
-def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window=64):
+def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window=64, renoise=False, exit_step=None,
+            first_times=None):
     """Generate a video chunk by chunk with a KV cache: yields clean chunks (B, n, C, H, W) for ever.
 
     cameras    iterator of Camera, one per chunk (its frame count is the chunk's); poses in any world frame. It is
                asked for a chunk's camera only when that chunk is due, so live keys may arrive late
     text       (B, text_len, text_dim)
-    times      falling times of the Euler sampler, 1 .. 0 (Flow matching's probability-flow ODE)
-    noise      function n -> (B, n, C, H, W) that draws a chunk's noise
+    times      falling times of the sampler, 1 .. 0; first_times: those of a first chunk that is dreamt (Causal Forcing++
+               gives it 4 steps even where the others have 1)
+    noise      function n -> (B, n, C, H, W) that draws noise for n frames
     first      latents (B, n, C, H, W) of the first chunk, given at t = 0; else it is generated
     guidance   s in v = v_null + s (v_cond - v_null); the null branch has the empty prompt and shares the batch
     window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
                origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale
+
+    renoise    False: Euler steps along the probability-flow ODE. True, for few-step models: predict x0, add fresh noise
+               of the next time (the sampler of consistency models; an Euler step would keep the old noise)
+    exit_step  training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk. If gradient
+               is enabled, that one call carries it; the cache is written from the detached x0, so none reaches the past
 
     A chunk costs len(times) - 1 denoising calls and one clean call that writes its cache.
     """
@@ -464,14 +477,15 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         text = torch.cat([text, torch.zeros_like(text)])
     history, cache, origin = [], None, None                # history: (latents, Camera) of each chunk in the window
 
-    @torch.no_grad()
-    def call(x, t, camera, **kw):
-        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on)
+    def call(x, t, camera, grad=False, **kw):
+        before = history[-1][1].c2w[:, -1:] if cache.end else None
+        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before))
         if guidance != 1:
             camera = Camera.cat([camera, camera], 0)
         t = torch.full((len(text), x.shape[1]), t, device=x.device)
-        v = model(twice(x), t, text, camera, cache=cache, **kw)
-        return v[B:] + guidance * (v[:B] - v[B:]) if guidance != 1 else v
+        with torch.set_grad_enabled(grad):
+            v = model(twice(x), t, text, camera, cache=cache, **kw)
+            return v[B:] + guidance * (v[:B] - v[B:]) if guidance != 1 else v
 
     for camera in cameras:
         n = camera.K.shape[1]
@@ -491,11 +505,20 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             call(seen, 0.0, cameras_seen, mask=causal_mask(chunk_ids(keep, model.cfg.chunk, model.cfg.first)))
             cache.end = keep
         if first is None or history:
-            for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
-                x = x + (t_next - t) * call(x, t, camera)
-        call(x, 0.0, camera)                                                  # clean pass: write the cache
+            plan = times if history or first_times is None else first_times
+            for i, (t, t_next) in enumerate(zip(plan[:-1].tolist(), plan[1:].tolist())):
+                last = i == (len(plan) - 2 if exit_step is None else exit_step)
+                v = call(x, t, camera, grad=last and exit_step is not None and torch.is_grad_enabled())
+                if renoise or last and exit_step is not None:
+                    x = x - t * v
+                    if last:
+                        break
+                    x = (1 - t_next) * x + t_next * noise(n)
+                else:
+                    x = x + (t_next - t) * v
+        call(x.detach(), 0.0, camera)                                         # clean pass: write the cache
         cache.end += n
-        history.append((x, camera))
+        history.append((x.detach(), camera))
         yield x
 
 # -----------------------------------------------------------------------------

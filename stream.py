@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw
 
 from camera import (BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
                     rays, relative)
-from data import ARENA, Clips, Lowpoly, decode, encode, lowpoly_clips, psnr, write_strip
+from data import (ARENA, Clips, Lowpoly, decode, encode, frechet, lowpoly_clips, motion, noise_for, psnr, sharpness,
+                  write_strip)
 from data import Config as DataConfig
 from model import chunk_ids, embed_text, load_model, pick_device, rollout, schedule
 
@@ -45,7 +46,7 @@ class Config:
     truth: bool = False           # lowpoly: the exact render beside the dream
     fps: int = 8
     # sampling
-    steps: int = 16               # Euler steps a chunk
+    steps: int = 0                # steps a chunk; 0: 16 of Euler, or 4 for a distilled model
     guidance: float = 1.0         # 1: none
     window: int = 0               # frames the cache holds; 0: as trained
     seed: int = 0
@@ -104,6 +105,15 @@ def load_poses(path):
 # -----------------------------------------------------------------------------
 # walking
 
+DISTILLED = 'ode', 'ode-bidirectional', 'cd', 'dmd'
+
+
+def sampler(cfg, header, shift):
+    """How `rollout` samples this checkpoint: Euler steps, or, after distillation, a few jumps with fresh noise between."""
+    return dict(times=schedule(cfg.steps, shift), first_times=schedule(max(4, cfg.steps), shift), guidance=cfg.guidance,
+                renoise=header['stage'] in DISTILLED, window=cfg.window or header['frames'])
+
+
 def walk(model, cfg, header, c2w, K, captions, first, noise):
     """Generator of pictures (B, n, H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
     the same rollout frame by frame."""
@@ -111,15 +121,8 @@ def walk(model, cfg, header, c2w, K, captions, first, noise):
     sizes = torch.bincount(chunk_ids(c2w.shape[1], m.chunk, m.first)).tolist()
     cameras = (Camera(a, K[:, None].expand(-1, a.shape[1], -1)) for a in c2w.split(sizes, 1))
     text = embed_text(captions, m.text_len, m.text_dim).to(c2w.device)
-    for z in rollout(model, cameras, text, schedule(cfg.steps, m.shift), noise, first, cfg.guidance,
-                     cfg.window or header['frames']):
+    for z in rollout(model, cameras, text, noise=noise, first=first, **sampler(cfg, header, m.shift)):
         yield decode(z)
-
-
-def noise_for(seeds, shape, device):
-    """noise(n) for rollout: sample b's numbers depend on seeds[b] alone."""
-    rngs = [np.random.default_rng([9, s]) for s in seeds]
-    return lambda n: torch.from_numpy(np.stack([r.standard_normal((n, *shape), dtype=np.float32) for r in rngs])).to(device)
 
 
 def draw(picture, keys, scale):
@@ -268,20 +271,6 @@ def seen_mask(depth, c2w, K):
     return inside & (p.norm(dim=-1) < 1.05 * nearest.view(depth.shape) + .1)
 
 
-def frechet(a, b):
-    """Fréchet distance of two sets of pictures (n, H, W, 3), between Gaussians fitted to 80 features of each: 4 x 4
-    means of the colours, of the luma's gradient energy and of its square root."""
-    def features(x):
-        x = x.movedim(-1, 1).double()
-        luma = x.mean(1, keepdim=True)
-        energy = F.pad(luma.diff(dim=-1), (0, 1)).square() + F.pad(luma.diff(dim=-2), (0, 0, 0, 1)).square()
-        return F.adaptive_avg_pool2d(torch.cat([x, energy * 10, energy.sqrt()], 1), 4).flatten(1)
-    x, y = features(a), features(b)
-    cx, cy = torch.cov(x.T), torch.cov(y.T)
-    root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()       # tr (cx cy)^1/2
-    return ((x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
-
-
 def score(model, cfg, header, device):
     """Walk 64 held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
     recipe = header['data']['recipe']
@@ -298,15 +287,12 @@ def score(model, cfg, header, device):
                                    z[:, :1].to(device), noise)), 1).cpu()
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
     p = psnr(dream, truth)
-    luma = lambda x: x.mean(-1)
-    sharp = lambda x: luma(x).diff(dim=-1).square().mean((-2, -1)) + luma(x).diff(dim=-2).square().mean((-2, -1))
-    motion = lambda x: x.diff(dim=1).square().mean((-3, -2, -1))
     ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
     frame = torch.arange(1, length, dtype=torch.float64)
     out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(),
                psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
                psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
-               psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharp), motion=[None] + ratio(motion),
+               psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
                drift_db_per_frame=np.polyfit(frame, p.mean(0)[1:].double(), 1)[0].item(),
                fd=frechet(dream[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_ceiling=frechet(ceiling[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
@@ -355,8 +341,8 @@ def bench(model, cfg, header, device, frames=2100):
             yield Camera(pose[None].to(device), world['K'][:, None].expand(-1, n, -1).to(device))
     noise = noise_for([cfg.seed], (m.in_dim, H // 8, W // 8), device)
     done = []
-    for z in rollout(model, cameras(), text, schedule(cfg.steps, m.shift), noise, encode(world['frames'][:, :1]).to(device),
-                     cfg.guidance, cfg.window or header['frames']):
+    how = sampler(cfg, header, m.shift)
+    for z in rollout(model, cameras(), text, noise=noise, first=encode(world['frames'][:, :1]).to(device), **how):
         start = time.perf_counter()
         (decode(z) * 255).round().byte().cpu().numpy().tobytes()
         done.append(time.perf_counter())
@@ -368,7 +354,7 @@ def bench(model, cfg, header, device, frames=2100):
     per_frame = np.diff(done)[warm:].mean() / m.chunk
     near = lambda i: float(np.median(latency[max(1, i // m.chunk - 40):i // m.chunk + 40]))
     # the floor: the arithmetic of one frame at the matrix product's own speed, or its weights at memory speed
-    tokens, window = H * W // 64 // m.patch ** 2, cfg.window or header['frames']
+    tokens, window = H * W // 64 // m.patch ** 2, how['window']
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'text' not in n)
     calls = (cfg.steps + 1 / m.chunk) * (1 + (cfg.guidance != 1))
     flops = calls * tokens * (2 * weights + 4 * m.num_layers * m.dim * tokens * window * .75)
@@ -391,10 +377,11 @@ def bench(model, cfg, header, device, frames=2100):
 def main(cfg):
     parse_keys(cfg.keys)                                                      # complain before the work
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    if cfg.steps < 1:
-        raise BadInput(f'--steps {cfg.steps}: at least 1')
+    if cfg.steps < 0:
+        raise BadInput(f'--steps {cfg.steps}: at least 1, or 0 for the usual')
     model, header = load_model(cfg.ckpt, device)
     model = model.to(dtype).eval()
+    cfg.steps = cfg.steps or (4 if header['stage'] in DISTILLED else 16)
     for name, work in (('score', score), ('bench', bench)):
         if path := getattr(cfg, name):
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)

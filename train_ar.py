@@ -10,7 +10,7 @@ Out: out/ar.safetensors, which walks: python stream.py --ckpt out/ar.safetensors
 
 Different from minWM: 1) the mask is by frames and read row by row on a CPU, by flex_attention on a GPU; 2) the first
 chunk is one frame, so the model starts from a picture; 3) text and camera are dropped at random; 4) no weight over t;
-5) Muon and an EMA; 6) gradient accumulation is real.
+5) the history is slightly noised; 6) Muon and an EMA; 7) gradient accumulation is real.
 """
 import argparse
 import json
@@ -53,6 +53,7 @@ class Config:
     clip: float = 1.0             # gradient norm
     ema: float = 0.995
     # objective
+    context_noise: float = 0.3    # the history is noised up to this time (0: clean, as in the paper)
     drop_text: float = 0.1
     drop_camera: float = 0.1
     # run
@@ -64,25 +65,27 @@ class Config:
     sample_steps: int = 16        # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------
-# the lesson: teacher forcing over [clean | noisy] (Causal Forcing, section 3.1; one time per chunk)
+# the lesson: teacher forcing over [history | noisy] (Causal Forcing, section 3.1; one time per chunk)
 
 def loss_fn(model, cfg, batch):
     """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
-    model_cfg = getattr(model, 'module', model).cfg
     u_text, u_camera = batch.u[:, F + 1:F + 3].unbind(1)
     # 1) one noise level per chunk, all independent: every chunk meets every level with clean history before it
-    ids = chunk_ids(F, model_cfg.chunk, model_cfg.first)
-    t = shift_time(batch.u[:, ids], model_cfg.shift)
+    ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
+    t = shift_time(batch.u[:, ids], model.cfg.shift)
     x_t = add_noise(batch.x0, batch.eps, t)
     # 2) the prompt or the camera is dropped in some clips
     text = batch.text * (u_text >= cfg.drop_text).float()[:, None, None]
     camera = Camera(batch.camera.c2w, batch.camera.K, u_camera >= cfg.drop_camera)
-    # 3) the history and the noisy video in one sequence: same positions, same cameras, the history at t = 0.
-    #    The mask (model.py draws it) lets noisy chunk i see clean chunks < i and itself
-    v = model(torch.cat([batch.x0, x_t], 1), torch.cat([torch.zeros_like(t), t], 1), text,
+    # 3) the history is a little noisy, and says so by its time: a walk's own frames are not perfect either
+    t_history = cfg.context_noise * batch.u[:, F + 4:][:, ids]
+    history = add_noise(batch.x0, batch.eps, t_history)
+    # 4) the history and the noisy video in one sequence: same positions, same cameras.
+    #    The mask (model.py draws it) lets noisy chunk i see history chunks < i and itself
+    v = model(torch.cat([history, x_t], 1), torch.cat([t_history, t], 1), text,
               Camera.cat([camera, camera]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, F:]
-    # 4) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
+    # 5) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))
     return error.mean(), error, t
 
@@ -163,6 +166,7 @@ def main(cfg, stage):
     if start:
         say(f'go on from {path}.resume.safetensors, step {start}')
     net = DistributedDataParallel(model) if world > 1 else model
+    net.cfg = model.cfg
     tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
     say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from camera import make_pose, pose_error
-from data import Config, Lowpoly, lowpoly_clips
-from stream import frechet, locate, seen_mask
+from data import Config, Lowpoly, frechet, lowpoly_clips
+from stream import locate, seen_mask
 
 N, F = 6, 5
 

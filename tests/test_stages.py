@@ -124,7 +124,7 @@ def test_score_and_bench_write_every_key(chain, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--keys', 'w*3,x*2'], 'group 2'), (['--ckpt', 'nowhere.safetensors'], 'no such file'), (['--steps', 0], 'at least 1'),
+    (['--keys', 'w*3,x*2'], 'group 2'), (['--ckpt', 'nowhere.safetensors'], 'no such file'), (['--steps', -1], 'at least 1'),
     (['--first', 'nowhere.png'], 'not a readable picture'), (['--out', 'walk.avi'], 'end it in .mp4 or .gif'),
     (['--poses', __file__], 'not a list of 4x4'), (['--window', 1], 'too small'), (['--device', 'abacus'], 'choose auto'),
     (['--out', '/proc/nowhere/walk.mp4'], '/proc/nowhere')])

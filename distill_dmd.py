@@ -1,0 +1,334 @@
+"""
+Stage 3: the few-step causal model learns from its own walks, by asymmetric distribution matching (DMD) with self-rollout.
+
+In:  clips (only their first frames, poses and captions are used) and three networks:
+Out: out/dmd.safetensors, the best by Fréchet distance, and out/dmd.last.safetensors. Walk with either in 4, 2 or 1 steps.
+
+    network      starts from                      trained?    causal?    learning rate
+    generator    out/ode.safetensors (stage 2)    yes         yes        --lr
+    real score   out/camera.safetensors (stage 0) no          no         -
+    fake score   the same                         yes         no         --critic_lr
+
+    python distill_dmd.py                                                                 # laptop
+    torchrun --nproc_per_node=1 distill_dmd.py --batch 64                                 # one GPU
+    torchrun --nproc_per_node=8 distill_dmd.py --batch 64                                 # eight
+
+Different from minWM: 1) both scores are told the true time; 2) masters in float32; 3) the data's frame 0 is given, carries
+no gradient and no loss; 4) gradients are averaged over processes by hand: no wrapper sees the many calls of a rollout.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from camera import BadInput, Camera
+from data import Clips, decode, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
+from data import Config as DataConfig
+from model import (add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
+                   pick_device, rollout, sample_clip, save_model, save_resume, schedule, shift_time, teacher_forcing_mask,
+                   update_ema, v_to_x0)
+
+
+@dataclass
+class Config:
+    # what
+    init: str = 'out/ode.safetensors'         # the generator's start
+    score: str = 'out/camera.safetensors'     # the real score, and the fake score's start
+    data: str = 'data/lowpoly'    # folder of clips
+    out: str = 'out'              # folder for checkpoints, log and strip
+    # lengths
+    frames: int = 9               # frames of a rollout
+    steps: int = 150              # generator updates
+    batch: int = 8                # effective batch: over all processes and micro-batches
+    accum: int = 1                # micro-batches an update, on each process
+    critic: int = 4               # updates of the fake score for one of the generator
+    # optimizer
+    lr: float = 3e-4
+    critic_lr: float = 6e-4
+    warmup: int = 10              # steps
+    decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0
+    clip: float = 1.0             # gradient norm, of each network
+    ema: float = 0.97
+    # objective
+    student_steps: int = 4        # steps of a rollout's schedule
+    guidance: float = 2.0         # of the real score, over a dropped prompt and camera
+    p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
+    rollout: str = 'self'         # self | teacher: upon the true history, for comparison
+    # run
+    seed: int = 0
+    device: str = 'auto'          # auto | cpu | cuda | mps
+    dtype: str = 'auto'           # compute: auto | float32 | bfloat16
+    log_every: int = 10           # steps between log lines
+    save_every: int = 50          # steps between resume checkpoints
+    eval_every: int = 25          # steps between evaluations, which choose the best
+
+# -----------------------------------------------------------------------------
+# the lesson: distribution matching on self-rollouts (DMD: Yin et al. 2024, eq. 7; Self Forcing, algorithm 1)
+
+def walk(model, cfg, batch, index, given):
+    """A rollout of the generator (B, F, C, H, W) along the batch's cameras; all chunks stop at one random step, whose
+    call carries the gradient if it is enabled. `index`: (seed, update, ...) of the random numbers, the same on all ranks."""
+    exit_step = int(np.random.default_rng([8, *index[0][:-1]]).integers(cfg.student_steps))
+    noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, model.cfg.shift)
+    ids = chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)
+    if cfg.rollout == 'self':
+        sizes = torch.bincount(ids).tolist()
+        cameras = (Camera(a, b) for a, b in zip(batch.camera.c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
+        return torch.cat(list(rollout(model, cameras, batch.text, times, noise, batch.x0[:, :sizes[0]] if given else None,
+                                      window=cfg.frames, renoise=True, exit_step=exit_step)), 1)
+    x, grad = noise(cfg.frames), torch.is_grad_enabled()                     # all chunks at once, upon the true history
+    for i in range(exit_step + 1):
+        t = times[i].expand(x.shape[:2]).to(x.device)
+        with torch.set_grad_enabled(grad and i == exit_step):
+            v = model(torch.cat([batch.x0, x], 1), torch.cat([0 * t, t], 1), batch.text, Camera.cat([batch.camera] * 2),
+                      mask=teacher_forcing_mask(ids), pos=[*range(cfg.frames)] * 2)[:, cfg.frames:]
+            x0 = v_to_x0(x, v, t)
+        x = add_noise(x0, noise(cfg.frames), 0 * t + times[i + 1].item())
+    return torch.cat([batch.x0[:, :given], x0[:, given:]], 1)
+
+
+def noised(x, batch, shift, given):
+    """x at one random time for each clip, its times (B, F) and the noise; a given frame 0 stays clean, at t = 0."""
+    t = shift_time(batch.u[:, :1], shift).clamp(.02, .98).expand(x.shape[:2]).clone()
+    t[:, :given] = 0
+    return add_noise(x, batch.eps, t), t
+
+
+def dmd_gradient(x, x_t, t, batch, real, fake, guidance):
+    """Descent direction of KL(rollouts || data) in x, (x0_fake - x0_real) / mean |x - x0_real|, and the real x0."""
+    v = real(x_t, t, batch.text, batch.camera)
+    if guidance != 1:
+        off = Camera(batch.camera.c2w, batch.camera.K, torch.zeros(len(x), dtype=torch.bool, device=x.device))
+        null = real(x_t, t, torch.zeros_like(batch.text), off)
+        v = null + guidance * (v - null)
+    real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
+    return (fake_x0 - real_x0) / (x - real_x0).abs().mean((1, 2, 3, 4), keepdim=True), real_x0
+
+
+def generator_loss(nets, cfg, batch, index):
+    given = int(np.random.default_rng([7, *index[0][:-1]]).random() < cfg.p_first)
+    # 1) rollout: the generator walks upon its own frames
+    x = walk(nets['generator'], cfg, batch, index, given)
+    with torch.no_grad():
+        # 2) noise: one time for each clip
+        x_t, t = noised(x, batch, nets['generator'].cfg.shift, given)
+        # 3) two scores, at that very time: of the data, and of the generator's own walks
+        # 4) gradient: towards the data's, away from its own
+        grad, _ = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance)
+    loss = .5 * (x - (x - grad).detach())[:, given:].square().mean()
+    return loss, x.detach(), grad[:, given:].abs().mean(), batch.x0
+
+
+def critic_loss(nets, cfg, batch, index):
+    # 5) critic: the fake score follows, by flow matching on fresh walks
+    given = int(np.random.default_rng([7, *index[0][:-1]]).random() < cfg.p_first)
+    with torch.no_grad():
+        x = walk(nets['generator'], cfg, batch, index, given)
+        x_t, t = noised(x, batch, nets['fake'].cfg.shift, given)
+    v = nets['fake'](x_t, t, batch.text, batch.camera)
+    return (v - (batch.eps - x))[:, given:].square().mean(),
+
+# -----------------------------------------------------------------------------
+# evaluate: walk held-out paths in a few steps. The gate before: has the real score anything to teach?
+
+def numbers(walk, truth):
+    """Of pictures (n, F, H, W, 3) against the truth; sharpness and motion relative to the codec's view of it would need
+    the latents, so here they are relative to the truth."""
+    p, last = psnr(walk, truth).mean(0).tolist(), min(7, truth.shape[1] - 1)
+    return {'psnr@1': p[1], f'psnr@{last}': p[last],
+            'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(),
+            'motion': (motion(walk).mean() / motion(truth).mean()).item(),
+            'fd': frechet(walk[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))}
+
+
+@torch.no_grad()
+def evaluate(model, cfg, clips, device, strip=None, bidirectional=False):
+    n = min(64, len(clips))
+    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
+    truth = decode(batch.x0)                                                  # as good as the codec allows
+    if bidirectional:
+        walk = decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1]))
+        return numbers(walk, truth)
+    sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
+
+    def generate(c2w):
+        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
+        return decode(torch.cat(list(rollout(
+            model, cameras, batch.text, schedule(cfg.student_steps, model.cfg.shift),
+            noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device),
+            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True)), 1))
+    walk = generate(batch.camera.c2w)
+    last = min(7, cfg.frames - 1)
+    metrics = numbers(walk, truth)
+    metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(batch.camera.c2w.roll(-1, 0)), truth).mean(0)[last].item()
+    if strip:
+        write_strip(strip, truth[:6], walk[:6])
+    return metrics
+
+# -----------------------------------------------------------------------------
+# the three networks: from --init and --score, else from checkpoints/
+
+def start_nets(cfg, device, say):
+    def find(path, role):
+        for p in (path, os.path.join('checkpoints', os.path.basename(path))):
+            if os.path.exists(p):
+                model, header = load_model(p, device)
+                say(f'{role} from {p}: {header["stage"]}, {header["step"]} steps')
+                return model
+        raise BadInput(f'{path}: no such file, and none in checkpoints/: the {role} needs it, run the stage before first')
+    nets = {'generator': find(cfg.init, 'generator'), 'real': find(cfg.score, 'real score'), 'fake': find(cfg.score, 'fake score')}
+    nets['real'].requires_grad_(False)
+    chunk_ids(cfg.frames, nets['generator'].cfg.chunk, nets['generator'].cfg.first)                 # raises if it does not divide
+    if cfg.rollout not in ('self', 'teacher'):
+        raise BadInput(f'--rollout {cfg.rollout}: choose self or teacher')
+    return nets
+
+
+def step_on(loss_of, net, opt, cfg, world):
+    """One optimizer step on loss_of(i), summed over micro-batches and averaged over processes; (losses, gradient norm)."""
+    out = []
+    for i in range(cfg.accum):
+        loss, *more = loss_of(i)
+        (loss / cfg.accum).backward()
+        out.append([loss.detach(), *more])
+    params = [p for p in net.parameters() if p.grad is not None]
+    if world > 1:
+        flat = torch.cat([p.grad.flatten() for p in params]) / world
+        dist.all_reduce(flat)
+        for p, g in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(g.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    return out, norm
+
+# -----------------------------------------------------------------------------
+# same in every stage: setup
+
+def main(cfg, stage):
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device, dtype = pick_device(cfg.device, cfg.dtype, int(os.environ.get('LOCAL_RANK', 0)))
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    say = print if rank == 0 else lambda *a: None
+    micro = cfg.batch // (world * cfg.accum)
+    if micro * world * cfg.accum != cfg.batch:
+        raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
+    if rank == 0:
+        os.makedirs(cfg.out, exist_ok=True)
+        if not os.path.exists(f'{cfg.data}/manifest.json'):
+            make(DataConfig(out=cfg.data))
+    if world > 1:
+        dist.barrier()
+    clips, held_out = Clips(cfg.data), Clips(cfg.data, 'val')
+    torch.manual_seed(cfg.seed)
+
+    # -------------------------------------------------------------------------
+    # networks, optimizers, resume
+    nets = start_nets(cfg, device, say)
+    model, both = nets['generator'], torch.nn.ModuleDict({k: nets[k] for k in ('generator', 'fake')})
+    optimizers = [torch.optim.AdamW(nets[k].parameters(), lr=lr, betas=(0., .999), weight_decay=.01)
+                  for k, lr in (('generator', cfg.lr), ('fake', cfg.critic_lr))]
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log_every', 'save_every')}
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    path, best = f'{cfg.out}/{stage}', float('inf')
+    start = load_resume(f'{path}.resume.safetensors', both, ema, optimizers, config)
+    if start:
+        say(f'go on from {path}.resume.safetensors, step {start}')
+    if rank == 0 and start and os.path.exists(f'{path}.safetensors'):
+        header = load_tensors(f'{path}.safetensors')[1]
+        best = header['metrics']['fd'] if header['step'] <= start else best
+    tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
+    say(f'{stage}: 3 x {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
+        f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
+        f'{attention_path(device, dtype)}, {len(clips)} clips')
+    if rank == 0:
+        lines = open(f'{path}.jsonl').read().splitlines() if start and os.path.exists(f'{path}.jsonl') else []
+        log = open(f'{path}.jsonl', 'w')
+        log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
+        if not start:                                                         # is there anything to teach?
+            real, student = evaluate(nets['real'], cfg, held_out, device, bidirectional=True), evaluate(model, cfg, held_out, device)
+            ok = real['fd'] < student['fd'] and abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
+            say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
+                f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}'
+                + '' * ok + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
+
+    def run(update, name, loss_fn):
+        """Update number `update` of the run, on its own clips and noise."""
+        def loss_of(i):
+            first = (rank * cfg.accum + i) * micro
+            batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, model.cfg, cfg.seed, device)
+            index = [(cfg.seed, update, j) for j in range(first, first + micro)]
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return loss_fn(nets, cfg, batch, index)
+        return step_on(loss_of, nets[name], optimizers[name == 'fake'], cfg, world)
+
+    # -------------------------------------------------------------------------
+    # loop
+    sums, began = [], time.time()
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
+    for step in bar:
+        for opt, lr in zip(optimizers, (cfg.lr, cfg.critic_lr)):
+            for group in opt.param_groups:
+                group['lr'] = learning_rate(step, cfg.steps, lr, cfg.warmup, cfg.decay)
+        n = step * (1 + cfg.critic)
+        out, norm = run(n, 'generator', generator_loss)
+        update_ema(ema, model, cfg.ema, step)
+        critic = [run(n + 1 + i, 'fake', critic_loss) for i in range(cfg.critic)]
+        walk_, true = (decode(torch.cat([o[k] for o in out])) for k in (1, 3))
+        sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[2] for o in out).item() / cfg.accum, norm,
+                     np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
+                     (sharpness(walk_[:, 1:]).mean() / sharpness(true[:, 1:]).mean()).item(),
+                     (motion(walk_).mean() / motion(true).mean()).item()])
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            names = ('loss', 'gap', 'norm', 'critic', 'critic_norm', 'sharpness', 'motion')
+            line = dict(step=step + 1, **dict(zip(names, np.mean(sums, 0).tolist())), lr=optimizers[0].param_groups[0]['lr'],
+                        ms=(time.time() - began) * 1e3 / len(sums), batch=cfg.batch)
+            if rank == 0:
+                tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} gap {line["gap"]:.3f} norm {line["norm"]:6.3f} | '
+                           f'critic {line["critic"]:.4f} norm {line["critic_norm"]:6.3f} | sharpness {line["sharpness"]:.2f} '
+                           f'motion {line["motion"]:.2f} | lr {line["lr"]:.1e} | {line["ms"]:6.0f} ms')
+                log.write(json.dumps(line) + '\n')
+                log.flush()
+            sums, began = [], time.time()
+        last = step + 1 == cfg.steps
+        if rank == 0 and ((step + 1) % cfg.eval_every == 0 or last):
+            raw = {k: v.clone() for k, v in model.state_dict().items()}
+            model.load_state_dict(ema)
+            metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
+            model.load_state_dict(raw)
+            tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+            for name in [path] * (metrics['fd'] < best) + [f'{path}.last'] * last:
+                save_model(f'{name}.safetensors', ema, model.cfg, stage=stage, step=step + 1, seed=cfg.seed, metrics=metrics,
+                           frames=cfg.frames, data=held_out.manifest, command=' '.join(sys.argv))
+            best = min(best, metrics['fd'])
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or last):
+            save_resume(f'{path}.resume.safetensors', both, ema, optimizers, step + 1, config)
+
+    # -------------------------------------------------------------------------
+    # gate
+    if rank == 0:
+        header = load_tensors(f'{path}.safetensors')[1]
+        print(f'{path}.safetensors, step {header["step"]}:', ', '.join(f'{k} {v:.3f}' for k, v in header['metrics'].items()))
+        print(gate(stage, 'nano', header['metrics']))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
+        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+    cfg = Config(**vars(parser.parse_args()))
+    try:
+        main(cfg, 'dmd')
+    except (BadInput, OSError) as e:
+        sys.exit(f'error: {e}')

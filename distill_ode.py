@@ -1,0 +1,346 @@
+"""
+Stage 2: the multi-step causal model learns to jump, in 4, 2 or 1 steps, to where its own flow would have ended.
+
+In:  clips with poses and the causal model (out/ar.safetensors), which is both teacher and start.
+Out: out/ode.safetensors (--method ode, Causal Forcing) or out/cd.safetensors (--method cd, Causal Forcing++). One
+     student does 4, 2 and 1 steps: the times of fewer are among those of more.
+
+    python distill_ode.py --method cd                                                     # laptop
+    torchrun --nproc_per_node=1 distill_ode.py --method cd --batch 64                     # one GPU
+    torchrun --nproc_per_node=8 distill_ode.py --method cd --batch 256                    # eight
+
+    --method ode                          pairs (state, end point) of the teacher's ODE are made once, then regressed
+    --method ode --teacher bidirectional  pairs from the stage-0 model, as CausVid and Self Forcing make them: the wrong
+                                          teacher, kept for comparison. A frame's end point then depends on the noise
+                                          of later frames, which a causal student cannot see: it learns their mean, blur
+
+Different from minWM: 1) the clean history of the pairs is encoded once, not at each of the 48 steps; 2) one set of pairs
+serves 4, 2 and 1 steps; 3) times and dt in float32, masters in float32 (in bfloat16 dt is wrong by up to 64 %).
+"""
+import argparse
+import json
+import os
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from camera import BadInput, Camera
+from data import Clips, decode, get_batch, load_manifest, make, noise_for, psnr, write_strip
+from data import Config as DataConfig
+from model import (KVCache, add_noise, attention_path, causal_mask, chunk_ids, gate, learning_rate, load_model, load_resume,
+                   make_optimizers, pick_device, rollout, save_model, save_resume, save_tensors, schedule,
+                   teacher_forcing_mask, update_ema, v_to_x0)
+
+
+@dataclass
+class Config:
+    # what
+    method: str = 'ode'           # ode: regress pairs of the teacher's ODE | cd: consistency, no pairs
+    teacher: str = 'causal'       # ode: causal | bidirectional: the stage-0 model, for comparison
+    init: str = 'out/ar.safetensors'          # the student's start, and the causal teacher
+    bidirectional: str = 'out/camera.safetensors'
+    data: str = 'data/lowpoly'    # folder of clips
+    out: str = 'out'              # folder for checkpoints, log, strip and pairs
+    # lengths
+    frames: int = 9               # frames of a training clip
+    steps: int = 600
+    batch: int = 8                # effective batch: over all processes and micro-batches
+    accum: int = 1                # micro-batches a step, on each process
+    # optimizer
+    lr: float = 2e-3
+    warmup: int = 20              # steps
+    decay: float = 0.5            # last fraction of the steps, over which lr falls to 0
+    muon: bool = True             # Muon for the blocks' matrices; False: AdamW alone
+    clip: float = 1.0             # gradient norm
+    ema: float = 0.99             # also the target of cd
+    # objective
+    student_steps: int = 4        # the student's longest schedule; 2 and 1 steps use a part of it
+    teacher_steps: int = 48       # Euler steps of the teacher from noise to frame
+    pairs: int = 512              # clips of the ode method
+    # run
+    seed: int = 0
+    device: str = 'auto'          # auto | cpu | cuda | mps
+    dtype: str = 'auto'           # compute: auto | float32 | bfloat16
+    log_every: int = 50           # steps between log lines
+    save_every: int = 200         # steps between resume checkpoints
+
+# -----------------------------------------------------------------------------
+# the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)
+
+@torch.no_grad()
+def ode_states(model, batch, times, keep, causal=True):
+    """Integrate the teacher's ODE by Euler steps through `times`: the states at the steps `keep` and the end point,
+    (B, len(keep) + 1, F, C, H, W). Noise to frame is then a function of what a causal student sees: its own noise and
+    the true history. With causal=False the bidirectional teacher runs on the whole clip, frame 0 given."""
+    B, F, _, H, W = batch.x0.shape
+    x, states = batch.eps.clone(), []
+    if causal:                                   # all chunks in parallel: the clean half is encoded once, into a cache
+        ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
+        cache = KVCache(model.cfg, B, 2 * F, H * W // model.cfg.patch ** 2, x.device)
+        model(batch.x0, torch.zeros_like(x[:, :, 0, 0, 0]), batch.text, batch.camera, causal_mask(ids), cache=cache)
+        cache.end = F
+        known = dict(mask=teacher_forcing_mask(ids)[F:], pos=range(F), cache=cache)
+    else:
+        x[:, 0], known = batch.x0[:, 0], {}
+    for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+        if i in keep:
+            states.append(x)
+        time = torch.full((B, F), t, device=x.device)
+        time[:, 0] *= causal                                                  # the given frame stays at t = 0
+        v = model(x, time, batch.text, batch.camera, **known)
+        v[:, 0] *= causal
+        x = x + (t_next - t) * v
+    return torch.stack([*states, x], 1)
+
+
+def ode_loss(net, cfg, batch):
+    """Regress a state of the ODE to its end point: (scalar, squared errors of x0 (B, F), their times (B, F))."""
+    B, F = batch.x0.shape[:2]
+    states, = batch.more
+    # 1) one of the student's times for each clip, and the teacher's state there
+    times = schedule(cfg.student_steps, net.cfg.shift).to(states.device)
+    s = (batch.u[:, 0] * cfg.student_steps).long()
+    x_t, t = states[range(B), s].float(), times[s][:, None].expand(B, F)
+    # 2) the student sees the true history; after the bidirectional teacher, the noisy past of the same trajectory
+    if cfg.teacher == 'causal':
+        v = teacher_forced(net, batch, x_t, t, net.cfg)
+    else:
+        t = t.clone()
+        t[:, 0] = 0
+        v = net(x_t, t, batch.text, batch.camera, mask=causal_mask(chunk_ids(F, net.cfg.chunk, net.cfg.first)))
+    # 3) it should jump to the end point
+    error = (v_to_x0(x_t, v, t) - states[:, -1]).square().mean((2, 3, 4))
+    return error[:, cfg.teacher != 'causal':].mean(), error, t
+
+# -----------------------------------------------------------------------------
+# the lesson, 2: causal consistency distillation (Causal Forcing++, section 3.2): the same map, without pairs
+
+def cd_loss(net, cfg, batch, teacher, averaged):
+    """One teacher step links two neighbouring times; where the student and its average land from them must agree.
+    Returns as ode_loss."""
+    B, F = batch.x0.shape[:2]
+    # 1) neighbours t > t' on the grid, one pair for each clip, in float32
+    grid = schedule(cfg.teacher_steps, net.cfg.shift).to(batch.x0.device)
+    i = (batch.u[:, 0] * cfg.teacher_steps).long()
+    t, t_next = grid[i][:, None].expand(B, F), grid[i + 1][:, None].expand(B, F)
+    x_t = add_noise(batch.x0, batch.eps, t)
+    with torch.no_grad():
+        # 2) the frozen teacher goes one Euler step from t to t'
+        v = teacher_forced(teacher, batch, x_t, t, net.cfg)
+        x_next = x_t + (t_next - t)[..., None, None, None] * v
+        # 3) the student's EMA jumps from there: the target. At t' = 0 it is x' itself, the boundary condition
+        target = v_to_x0(x_next, teacher_forced(averaged, batch, x_next, t_next, net.cfg), t_next)
+    # 4) the student jumps from t
+    error = (v_to_x0(x_t, teacher_forced(net, batch, x_t, t, net.cfg), t) - target).square().mean((2, 3, 4))
+    return error.mean(), error, t
+
+
+def teacher_forced(net, batch, x_t, t, cfg):
+    """v of the noisy half of [clean | noisy], as in train_ar.py."""
+    F = x_t.shape[1]
+    v = net(torch.cat([batch.x0, x_t], 1), torch.cat([torch.zeros_like(t), t], 1), batch.text,
+            Camera.cat([batch.camera, batch.camera]), mask=teacher_forcing_mask(chunk_ids(F, cfg.chunk, cfg.first)),
+            pos=[*range(F)] * 2)
+    return v[:, F:]
+
+# -----------------------------------------------------------------------------
+# pairs on disk, in the format of data.py, so that get_batch reads them
+
+def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
+    """Integrate cfg.pairs clips, 32 at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
+    folder = f'{cfg.out}/pairs-{cfg.teacher}'
+    path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
+    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'pairs', 'seed')}
+    with open(path, 'rb') as f:
+        recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
+    if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
+        changed = ', '.join(k for k in recipe if recipe[k] != old.get(k))
+        raise BadInput(f'{folder} was made with another {changed}: delete it, or give another --out')
+    shards = [(f'train_{a:06d}.safetensors', a, min(32, cfg.pairs - a)) for a in range(0, cfg.pairs, 32)]
+    if rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        with open(f'{folder}/manifest.json.tmp', 'w') as f:
+            json.dump({'recipe': recipe, 'shards': [{'file': name, 'clips': n} for name, a, n in shards]}, f, indent=1)
+        os.replace(f'{folder}/manifest.json.tmp', f'{folder}/manifest.json')
+    every = cfg.teacher_steps // cfg.student_steps
+    for name, a, n in tqdm(shards[rank::world], desc=folder, unit='shard', disable=rank > 0):
+        if not os.path.exists(f'{folder}/{name}'):
+            batch = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
+                                    range(0, cfg.teacher_steps, every), cfg.teacher == 'causal')
+            tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), states=states.half())
+            save_tensors(f'{folder}/{name}', {k: v.cpu() for k, v in tensors.items()}, {'captions': batch.captions})
+    if world > 1:
+        dist.barrier()
+    size = sum(os.path.getsize(f'{folder}/{name}') for name, _, _ in shards)
+    say(f'{folder}: {cfg.pairs} pairs, {size / 2 ** 20:.0f} MB')
+    return folder
+
+# -----------------------------------------------------------------------------
+# evaluate: walk held-out paths in 4, 2 and 1 steps; and how far the student lands from the teacher's end points
+
+@torch.no_grad()
+def evaluate(model, cfg, clips, device, strip=None):
+    """PSNR to the true frames in a few steps, on the right path and on another clip's; distance to the teacher."""
+    n = min(64, len(clips))
+    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
+    sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
+    truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255
+    last, metrics = min(7, cfg.frames - 1), {}
+
+    def generate(c2w, steps):
+        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
+        return decode(torch.cat(list(rollout(
+            model, cameras, batch.text, schedule(steps, model.cfg.shift), noise_for(range(n), batch.x0.shape[2:], device),
+            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True)), 1))
+    for steps in (4, 2, 1):
+        walk = generate(batch.camera.c2w, steps)
+        right, wrong = (psnr(x, truth).mean(0).tolist() for x in (walk, generate(batch.camera.c2w.roll(-1, 0), steps)))
+        name = '' if steps == 4 else f', {steps} step' + 's' * (steps > 1)
+        metrics |= {f'psnr@1{name}': right[1], f'psnr@{last}{name}': right[last], f'gap@{last}{name}': right[last] - wrong[last]}
+        if strip and steps == 4:
+            write_strip(strip, truth[:6], walk[:6])
+    part = get_batch(clips, 0, min(16, n), cfg.frames, model.cfg, cfg.seed, device)
+    every = cfg.teacher_steps // cfg.student_steps
+    states = ode_states(load_model(cfg.init, device)[0], part, schedule(cfg.teacher_steps, model.cfg.shift),
+                        range(0, cfg.teacher_steps, every))
+    for s, t in enumerate(schedule(cfg.student_steps, model.cfg.shift)[:-1].tolist()):
+        t = torch.full(part.x0.shape[:2], t, device=device)
+        jump = v_to_x0(states[:, s], teacher_forced(model, part, states[:, s], t, model.cfg), t)
+        metrics[f'to end, t {t[0, 0]:.2f}'] = (jump - states[:, -1]).square().mean().item()
+    return metrics
+
+# -----------------------------------------------------------------------------
+# the model: student and teacher from --init, else from checkpoints/
+
+def start_model(cfg, device, say):
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init))):
+        if os.path.exists(path):
+            model, header = load_model(path, device)
+            say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
+            cfg.init = path
+            return model
+    raise BadInput(f'--init {cfg.init}: no such file, and none in checkpoints/: run train_ar.py first')
+
+# -----------------------------------------------------------------------------
+# same in every stage: setup
+
+def main(cfg, stage):
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device, dtype = pick_device(cfg.device, cfg.dtype, int(os.environ.get('LOCAL_RANK', 0)))
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    say = print if rank == 0 else lambda *a: None
+    micro = cfg.batch // (world * cfg.accum)
+    if micro * world * cfg.accum != cfg.batch:
+        raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
+    if rank == 0:
+        os.makedirs(cfg.out, exist_ok=True)
+        if not os.path.exists(f'{cfg.data}/manifest.json'):
+            make(DataConfig(out=cfg.data))
+    if world > 1:
+        dist.barrier()
+    clips, held_out = Clips(cfg.data), Clips(cfg.data, 'val')
+    torch.manual_seed(cfg.seed)
+    model = start_model(cfg, device, say)
+
+    # -------------------------------------------------------------------------
+    # the teacher, its pairs, the loss
+    if cfg.method not in ('ode', 'cd') or cfg.teacher not in ('causal', 'bidirectional'):
+        raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional')
+    if cfg.teacher_steps % cfg.student_steps:
+        raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
+    teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)
+    if cfg.method == 'ode':
+        clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states'))
+        loss_fn = ode_loss
+    else:
+        averaged = lambda *args, **kw: functional_call(teacher, ema, args, kw)          # the student's EMA weights
+        loss_fn = lambda net, cfg, batch: cd_loss(net, cfg, batch, teacher, averaged)
+
+    # -------------------------------------------------------------------------
+    # same in every stage: optimizer, resume, loop
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log_every', 'save_every')}
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon)
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    path = f'{cfg.out}/{stage}'
+    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
+    if start:
+        say(f'go on from {path}.resume.safetensors, step {start}')
+    net = DistributedDataParallel(model) if world > 1 else model
+    net.cfg = model.cfg
+    tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
+    say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
+        f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
+        f'{attention_path(device, dtype)}, {len(clips)} clips')
+    if rank == 0:
+        lines = open(f'{path}.jsonl').read().splitlines() if start and os.path.exists(f'{path}.jsonl') else []
+        log = open(f'{path}.jsonl', 'w')
+        log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
+    sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
+    for step in bar:
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+        for i in range(cfg.accum):
+            batch = get_batch(clips, step * cfg.batch + (rank * cfg.accum + i) * micro, micro, cfg.frames,
+                              model.cfg, cfg.seed, device)
+            net.require_backward_grad_sync = i == cfg.accum - 1
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, error, t = loss_fn(net, cfg, batch)
+            (loss / cfg.accum).backward()
+            level = (t[..., None] > torch.arange(4, device=device) / 4) & (t[..., None] <= torch.arange(1, 5, device=device) / 4)
+            sums += torch.cat([loss[None] / cfg.accum, (error[..., None] * level).sum((0, 1)), level.sum((0, 1))]).detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group['lr'] = lr
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        update_ema(ema, model, cfg.ema, step)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            if world > 1:
+                dist.all_reduce(sums)
+            n = min((step % cfg.log_every) + 1, step + 1 - start)
+            ms, levels = (time.time() - began) * 1e3 / n, (sums[1:5] / sums[5:].clamp(min=1)).tolist()
+            line = dict(step=step + 1, loss=sums[0].item() / n / world, levels=levels, norm=norm, lr=lr, ms=ms,
+                        frames_s=cfg.batch * cfg.frames / ms * 1e3, batch=cfg.batch)
+            if rank == 0:
+                tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} | by t ' + ' '.join(f'{x:.3f}' for x in levels) +
+                           f' | norm {norm:6.3f} | lr {lr:.1e} | {ms:6.0f} ms | {line["frames_s"]:6.0f} frames/s')
+                log.write(json.dumps(line) + '\n')
+                log.flush()
+            sums, began = torch.zeros(9, device=device), time.time()
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
+
+    # -------------------------------------------------------------------------
+    # same in every stage: save the EMA, evaluate, gate
+    if rank == 0:
+        model.load_state_dict(ema)
+        metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
+        save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
+                   frames=cfg.frames, data=held_out.manifest, command=' '.join(sys.argv))
+        print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+        print(gate(stage, cfg.preset, metrics))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
+        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+    cfg = Config(**vars(parser.parse_args()))
+    try:
+        main(cfg, cfg.method if cfg.teacher == 'causal' else 'ode-bidirectional')
+    except (BadInput, OSError) as e:
+        sys.exit(f'error: {e}')

@@ -1,0 +1,267 @@
+"""Stages 2 and 3 against closed forms: Gaussians, whose scores, flows and gradients are known."""
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import distill_dmd
+import distill_ode
+from camera import Camera, intrinsics, keys_to_poses
+from data import Batch
+from model import (KVCache, add_noise, causal_mask, chunk_ids, rollout, save_model, schedule, teacher_forcing_mask,
+                   v_to_x0)
+from test_model import TINY, tiny_model
+
+B, F, H, W = 3, 5, 4, 4
+MEAN, STD = .7, .5
+
+
+def batch(seed=0, F=F, B=B):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *s: torch.randn(B, *s, generator=g)
+    c2w = keys_to_poses('w*2,wl*30')[:F].expand(B, -1, 4, 4)
+    return Batch(draw(F, 16, H, W), Camera(c2w, intrinsics(90, 1).expand(B, F, 4)), draw(4, 8), draw(F, 16, H, W),
+                 torch.rand(B, 2 * F + 4, generator=g), ('',) * B)
+
+
+class Gaussian:
+    """A network that knows the data to be N(mean, std^2), each number alone: the exact velocity of its flow, or, with
+    jump=True, the velocity whose x0 is the end of the flow. Called with [history | noisy] it treats all alike."""
+
+    def __init__(self, mean=MEAN, std=STD, jump=False):
+        self.mean, self.std, self.jump, self.calls = mean, std, jump, []
+        self.cfg = dataclasses.replace(TINY, chunk=1, first=1, shift=3.0)
+
+    def end(self, x, t):                                       # the flow map: the same quantile at t = 0
+        return self.mean + (x - (1 - t) * self.mean) * self.std / ((1 - t) ** 2 * self.std ** 2 + t ** 2).sqrt()
+
+    def x0(self, x, t):                                        # E[x0 | x_t]
+        return self.mean + (1 - t) * self.std ** 2 / ((1 - t) ** 2 * self.std ** 2 + t ** 2) * (x - (1 - t) * self.mean)
+
+    def __call__(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
+        self.calls.append((x, t))
+        t = t[..., None, None, None]
+        return (x - (self.end if self.jump else self.x0)(x, t)) / t.clamp(min=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ stage 2
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_ode_pairs_of_a_gaussian_are_its_flow_map(causal):
+    net, data, error = Gaussian(), batch(), {}
+    for steps in (48, 96):
+        times, keep = schedule(steps, 3.0), range(0, steps, steps // 4)
+        states = distill_ode.ode_states(net, data, times, keep, causal)
+        given = 0 if causal else 1                             # the bidirectional teacher is given frame 0
+        assert states.shape == (B, 5, F, 16, H, W) and torch.equal(states[:, 0, given:], data.eps[:, given:])
+        if not causal:
+            assert torch.equal(states[:, :, 0], data.x0[:, None, 0].expand(-1, 5, -1, -1, -1))
+        exact = net.end(data.eps, torch.ones(()))[:, given:]
+        error[steps] = (states[:, -1, given:] - exact).abs().max().item()
+        for s, t in enumerate(schedule(4, 3.0)[:-1]):          # and every state that is kept flows to the same end
+            assert (net.end(states[:, s, given:], t) - exact).abs().max() < 4 * error[48] + 1e-6
+    assert error[48] < .15 and error[96] == pytest.approx(error[48] / 2, rel=.2)         # Euler: first order
+
+
+def test_ode_loss_is_zero_for_the_exact_student_and_gives_it_the_states_own_time():
+    student, data = Gaussian(jump=True), batch()
+    cfg = distill_ode.Config(student_steps=4)
+    times = schedule(4, 3.0)[:-1].view(1, 4, 1, 1, 1, 1)
+    ends = student.end(data.eps, torch.ones(()))
+    on_the_flow = MEAN * (1 - times) + (data.eps[:, None]) * ((1 - times) ** 2 * STD ** 2 + times ** 2).sqrt()
+    data = dataclasses.replace(data, more=(torch.cat([on_the_flow, ends[:, None]], 1),))
+    loss, error, t = distill_ode.ode_loss(student, cfg, data)
+    assert loss < 1e-10 and error.shape == (B, F) and (t == t[:, :1]).all() and set(t[:, 0].tolist()) <= set(schedule(4, 3.0).tolist())
+    assert distill_ode.ode_loss(Gaussian(), cfg, data)[0] > 1e-2
+
+
+def test_the_consistency_loss_at_the_solution_vanishes_with_dt_squared():
+    """One Euler step of length dt misses the flow by O(dt^2), so the exact student's error is O(dt^2)."""
+    root = {}
+    for steps in (48, 96):
+        loss, error, t = distill_ode.cd_loss(Gaussian(jump=True), distill_ode.Config(teacher_steps=steps),
+                                             dataclasses.replace(batch(), u=torch.full((B, 2 * F + 4), .5)), Gaussian(), Gaussian(jump=True))
+        root[steps] = error.sqrt().mean().item()
+    assert root[96] == pytest.approx(root[48] / 4, rel=.1) and root[48] < 5e-3
+    assert distill_ode.cd_loss(Gaussian(mean=0.), distill_ode.Config(), batch(), Gaussian(), Gaussian(jump=True))[0] > 1e-2
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_consistency_times_are_exact_and_each_network_gets_its_own(autocast):
+    """In bfloat16 neighbouring times of 48 differ by up to 64 % of dt; ours are float32 to the last digit."""
+    teacher, averaged, student, data = Gaussian(), Gaussian(jump=True), Gaussian(jump=True), batch(B=64)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        distill_ode.cd_loss(student, distill_ode.Config(teacher_steps=48), data, teacher, averaged)
+    u = 1 - torch.arange(49, dtype=torch.float64) / 48
+    grid, (x, t), (x_next, t_next) = 3 * u / (1 + 2 * u), teacher.calls[0], averaged.calls[0]
+    t, t_next, x, x_next = t[:, F:], t_next[:, F:], x[:, F:], x_next[:, F:]
+    i = (t[:, :1].double() - grid).abs().argmin(1)
+    assert t.dtype == t_next.dtype == torch.float32
+    assert (t.double() - grid[i, None]).abs().max() < 1e-7 and (t_next.double() - grid[i + 1, None]).abs().max() < 1e-7
+    assert torch.equal(student.calls[0][1][:, F:], t) and torch.equal(student.calls[0][0][:, F:], x)
+    assert torch.equal(x, add_noise(data.x0, data.eps, t)) and len(i.unique()) > 20
+    dt = (t_next - t)[..., None, None, None]
+    v = (x - teacher.x0(x, t[..., None, None, None])) / t[..., None, None, None]
+    assert (x_next - (x + dt * v)).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ the few-step rollout
+
+def cameras(data):
+    return (Camera(a, b) for a, b in zip(data.camera.c2w.split(1, 1), data.camera.K.split(1, 1)))
+
+
+def seeded(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return lambda n: torch.randn(B, n, 16, H, W, generator=g)
+
+
+def test_a_few_step_model_is_sampled_by_renoising_not_by_euler():
+    model, data, calls, noises = tiny_model(), batch(), [], []
+    noise = lambda n, draw=seeded(): noises.append(draw(n)) or noises[-1]
+    model.register_forward_hook(lambda m, args, kw, v: calls.append((args[0], args[1], v)), with_kwargs=True)
+    out = torch.cat(list(rollout(model, cameras(data), data.text, schedule(4, 3.0), noise, data.x0[:, :1], renoise=True)), 1)
+    for frame in range(1, F):                                  # a frame: 4 denoising calls and the clean one
+        step, fresh = calls[1 + 5 * (frame - 1):][:5], noises[4 * (frame - 1):][:4]
+        assert torch.equal(step[0][0], fresh[0])
+        for s in range(3):
+            x0 = v_to_x0(*[step[s][i] for i in (0, 2, 1)])
+            assert torch.allclose(step[s + 1][0], add_noise(x0, fresh[s + 1], step[s + 1][1]), atol=1e-6)
+        assert torch.equal(step[4][0], out[:, frame:frame + 1]) and (step[4][1] == 0).all()
+
+
+def test_a_training_rollout_that_exits_last_equals_the_streamed_one():
+    model, data = tiny_model(), batch()
+    go = lambda **kw: torch.cat(list(rollout(model, cameras(data), data.text, schedule(4, 3.0), seeded(), data.x0[:, :1],
+                                             renoise=True, **kw)), 1)
+    streamed, trained = go(), go(exit_step=3)
+    assert torch.allclose(streamed, trained, atol=1e-5) and trained.requires_grad and not streamed.requires_grad
+    with torch.no_grad():
+        assert not go(exit_step=3).requires_grad
+    assert not torch.allclose(go(exit_step=1), streamed, atol=1e-2)
+
+
+@pytest.mark.parametrize('given', [True, False])
+@pytest.mark.parametrize('exit_step', [0, 2])
+def test_no_gradient_reaches_the_past_through_the_cache(given, exit_step):
+    """The gradient of a self-rollout is that of one teacher-forced pass on its own, detached, frames."""
+    model, data, calls = tiny_model(), batch(), []
+    hook = model.register_forward_hook(lambda m, args, kw, v: calls.append((args[0], args[1], v)) if v.requires_grad else None,
+                                       with_kwargs=True)
+    out = torch.cat(list(rollout(model, cameras(data), data.text, schedule(4, 3.0), seeded(), data.x0[:, :1] if given else None,
+                                 renoise=True, exit_step=exit_step)), 1)
+    hook.remove()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    assert len(calls) == F - given                             # one call of each chunk carries gradient
+    grads = torch.autograd.grad((out * weight)[:, int(given):].sum(), list(model.parameters()), allow_unused=True)
+    x_t, t = (torch.cat([c[i] for c in calls], 1).detach() for i in (0, 1))
+    if given:
+        x_t, t = torch.cat([data.x0[:, :1], x_t], 1), torch.cat([torch.zeros(B, 1), t], 1)
+    ids, cache = chunk_ids(F, 1), KVCache(model.cfg, B, 2 * F, H * W // 4, out.device)
+    with torch.no_grad():                                      # the history's keys and values carry none either
+        model(out.detach(), 0 * t, data.text, data.camera, causal_mask(ids), cache=cache)
+    cache.end = F
+    v = model(x_t, t, data.text, data.camera, teacher_forcing_mask(ids)[F:], range(F), cache)
+    want = torch.autograd.grad((v_to_x0(x_t, v, t) * weight)[:, int(given):].sum(), list(model.parameters()), allow_unused=True)
+    for g, w in zip(grads, want):
+        assert (g is None) == (w is None) and (g is None or torch.allclose(g, w, atol=2e-4 * (1 + w.abs().max())))
+
+
+# ------------------------------------------------------------------------------------------------ stage 3
+
+def test_the_dmd_gradient_of_gaussians_is_the_difference_of_scores():
+    data, real, fake = batch(F=1), Gaussian(.7, .5), Gaussian(.2, .9)
+    t = torch.full((B, 1), .6)
+    x = data.x0
+    x_t = add_noise(x, data.eps, t)
+    grad, real_x0 = distill_dmd.dmd_gradient(x, x_t, t, data, real, fake, 1.0)
+    score = lambda g: -(x_t - .4 * g.mean) / (.4 ** 2 * g.std ** 2 + .6 ** 2)            # of N((1-t) m, (1-t)^2 s^2 + t^2)
+    want = .6 ** 2 / .4 * (score(fake) - score(real))                                    # x0 = (x_t + t^2 score) / (1 - t)
+    assert torch.allclose(grad, want / (x - real_x0).abs().mean((1, 2, 3, 4), keepdim=True), atol=1e-5)
+    assert distill_dmd.dmd_gradient(x, x_t, t, data, real, Gaussian(.7, .5), 1.0)[0].abs().max() == 0
+
+
+def test_descending_the_dmd_gradient_moves_samples_to_the_data():
+    real, x = Gaussian(.7, .5), torch.randn(B, 1, 16, H, W) * .9 - 1
+    for step in range(300):
+        fake = Gaussian(x.mean().item(), x.std().item())       # the exact score of where the samples are now
+        data = dataclasses.replace(batch(step, F=1), x0=x)
+        x_t, t = distill_dmd.noised(x, data, 3.0, 0)
+        x = x - .05 * distill_dmd.dmd_gradient(x, x_t, t, data, real, fake, 1.0)[0]
+    assert x.mean().item() == pytest.approx(.7, abs=.05) and x.std().item() == pytest.approx(.5, abs=.08)
+
+
+@pytest.fixture
+def nets(tmp_path):
+    """Three networks as the script makes them, from two checkpoints."""
+    model = tiny_model()
+    for name, stage in (('ode', 'ode'), ('camera', 'camera')):
+        save_model(tmp_path / f'{name}.safetensors', tiny_model(seed=len(name)).state_dict(), model.cfg, stage=stage, step=1)
+    cfg = distill_dmd.Config(init=str(tmp_path / 'ode.safetensors'), score=str(tmp_path / 'camera.safetensors'), frames=F)
+    return distill_dmd.start_nets(cfg, torch.device('cpu'), lambda *a: None), cfg
+
+
+@pytest.mark.parametrize('mode', ['self', 'teacher'])
+def test_three_networks_share_nothing_and_only_the_right_one_learns(nets, mode):
+    nets, cfg = nets
+    cfg.rollout = mode
+    places = [{p.data_ptr() for p in n.parameters()} for n in nets.values()]
+    assert len(places) == 3 and not places[0] & places[1] and not places[1] & places[2] and not places[0] & places[2]
+    index = [(0, 0, j) for j in range(B)]
+    learns = lambda name: any(p.grad is not None and p.grad.abs().max() > 0 for p in nets[name].parameters())
+    distill_dmd.generator_loss(nets, cfg, batch(), index)[0].backward()
+    assert [learns(n) for n in ('generator', 'real', 'fake')] == [True, False, False]
+    for p in nets['generator'].parameters():
+        p.grad = None
+    distill_dmd.critic_loss(nets, cfg, batch(), index)[0].backward()
+    assert [learns(n) for n in ('generator', 'real', 'fake')] == [False, False, True]
+
+
+@pytest.mark.parametrize('p_first', [1., 0.])
+def test_both_scores_are_told_the_time_that_noised_their_input(nets, p_first):
+    """minWM's 8B line gives a table index instead. Frame 0, when given, is clean and at t = 0."""
+    (nets, cfg), data, seen = nets, batch(), {}
+    cfg.p_first, cfg.guidance, index = p_first, 1.0, [(0, 0, j) for j in range(B)]
+    for name in ('real', 'fake'):
+        nets[name].register_forward_hook(lambda m, args, v, name=name: seen.setdefault(name, args) and None)
+    _, x, *_ = distill_dmd.generator_loss(nets, cfg, data, index)
+    given = int(p_first)
+    assert torch.equal(seen['real'][0], seen['fake'][0]) and torch.equal(seen['real'][1], seen['fake'][1])
+    x_t, t = seen['real'][:2]
+    assert torch.allclose(x_t, add_noise(x, data.eps, t), atol=1e-6) and (t[:, :given] == 0).all() and (t[:, given:] > .019).all()
+    assert torch.equal(x[:, :given], data.x0[:, :given]) and not torch.equal(x[:, 0], data.x0[:, 0]) * (1 - given)
+    seen.clear()
+    distill_dmd.critic_loss(nets, cfg, data, index)
+    x_t, t = seen['fake'][:2]
+    clean = (x_t - t[..., None, None, None] * data.eps) / (1 - t[..., None, None, None])
+    assert torch.allclose(clean, x, atol=1e-3) and (t[:, :given] == 0).all()              # the same walk: the same numbers
+
+
+def test_float32_masters_move_where_bfloat16_weights_would_not():
+    """A step of 1e-4 of a weight is below bfloat16's 1/256: in bfloat16 weights nothing would move."""
+    data, index = batch(), [(0, 0, j) for j in range(B)]
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        nets = {'generator': model, 'real': tiny_model(seed=1), 'fake': tiny_model(seed=2)}
+        before = [p.detach().clone() for p in model.parameters()]
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0., .999), weight_decay=0)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = distill_dmd.generator_loss(nets, distill_dmd.Config(frames=F), data, index)[0]
+        loss.backward()
+        distill = distill_dmd.step_on(lambda i: (distill_dmd.generator_loss(nets, distill_dmd.Config(frames=F), data, index)[0],),
+                                      model, opt, types.SimpleNamespace(accum=1, clip=1.0), 1)
+        assert distill[1] > 0
+        big = [(p - b).abs()[b.abs() > .01] > 0 for p, b in zip(model.parameters(), before) if p.grad is None or True]
+        moved[dtype] = torch.cat([m.flatten().float() for m in big]).mean().item()
+    assert moved[torch.float32] > .5 and moved[torch.bfloat16] < .02
+
+
+def test_bidirectional_pairs_collapse_and_causal_pairs_do_not():
+    """Causal Forcing, lemma 3.2 and proposition 3.3, in closed form: see toy_injectivity.py."""
+    from toy_injectivity import experiment
+    (floor, ratio), *causal = experiment().values()
+    assert floor > .4 and ratio < .6
+    for floor, ratio in causal:
+        assert floor < .01 and ratio > .99
