@@ -39,6 +39,7 @@ from model import (add_noise, attention_path, chunk_ids, gate, learning_rate, lo
 @dataclass
 class Config:
     # what
+    preset: str = 'nano'          # whose thresholds to compare with at the end
     init: str = 'out/ode.safetensors'         # the generator's start
     score: str = 'out/camera.safetensors'     # the real score, and the fake score's start
     data: str = 'data/lowpoly'    # folder of clips
@@ -58,7 +59,7 @@ class Config:
     ema: float = 0.97
     # objective
     student_steps: int = 4        # steps of a rollout's schedule
-    guidance: float = 2.0         # of the real score, over a dropped prompt and camera
+    guidance: float = 1.0         # of the real score, over a dropped prompt (1: none)
     p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
     rollout: str = 'self'         # self | teacher: upon the true history, for comparison
     # run
@@ -72,17 +73,19 @@ class Config:
 # -----------------------------------------------------------------------------
 # the lesson: distribution matching on self-rollouts (DMD: Yin et al. 2024, eq. 7; Self Forcing, algorithm 1)
 
-def walk(model, cfg, batch, index, given):
-    """A rollout of the generator (B, F, C, H, W) along the batch's cameras; all chunks stop at one random step, whose
-    call carries the gradient if it is enabled. `index`: (seed, update, ...) of the random numbers, the same on all ranks."""
-    exit_step = int(np.random.default_rng([8, *index[0][:-1]]).integers(cfg.student_steps))
+def walk(model, cfg, batch, index):
+    """A rollout of the generator (B, F, C, H, W) along the batch's cameras, and how many of its frames are given. All
+    chunks stop at one random step, whose call carries the gradient if it is enabled. index: (seed, update, sample) for
+    each clip; what the clips share depends on (seed, update), so all processes agree."""
+    rng = np.random.default_rng([8, *index[0][:2]])
+    exit_step, given = int(rng.integers(cfg.student_steps)), model.cfg.first * int(rng.random() < cfg.p_first)
     noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, model.cfg.shift)
     ids = chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)
     if cfg.rollout == 'self':
         sizes = torch.bincount(ids).tolist()
         cameras = (Camera(a, b) for a, b in zip(batch.camera.c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
-        return torch.cat(list(rollout(model, cameras, batch.text, times, noise, batch.x0[:, :sizes[0]] if given else None,
-                                      window=cfg.frames, renoise=True, exit_step=exit_step)), 1)
+        return torch.cat(list(rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None,
+                                      window=cfg.frames, renoise=True, exit_step=exit_step)), 1), given
     x, grad = noise(cfg.frames), torch.is_grad_enabled()                     # all chunks at once, upon the true history
     for i in range(exit_step + 1):
         t = times[i].expand(x.shape[:2]).to(x.device)
@@ -91,46 +94,45 @@ def walk(model, cfg, batch, index, given):
                       mask=teacher_forcing_mask(ids), pos=[*range(cfg.frames)] * 2)[:, cfg.frames:]
             x0 = v_to_x0(x, v, t)
         x = add_noise(x0, noise(cfg.frames), 0 * t + times[i + 1].item())
-    return torch.cat([batch.x0[:, :given], x0[:, given:]], 1)
+    return torch.cat([batch.x0[:, :given], x0[:, given:]], 1), given
 
 
 def noised(x, batch, shift, given):
-    """x at one random time for each clip, its times (B, F) and the noise; a given frame 0 stays clean, at t = 0."""
+    """x at one random time for each clip, and its times (B, F); given frames stay clean, at t = 0."""
     t = shift_time(batch.u[:, :1], shift).clamp(.02, .98).expand(x.shape[:2]).clone()
     t[:, :given] = 0
     return add_noise(x, batch.eps, t), t
 
 
-def dmd_gradient(x, x_t, t, batch, real, fake, guidance):
-    """Descent direction of KL(rollouts || data) in x, (x0_fake - x0_real) / mean |x - x0_real|, and the real x0."""
+def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0):
+    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given: up to a positive
+    factor the gradient in x of KL(rollouts || data). Guidance, over a dropped prompt, is the real score's alone."""
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
-        off = Camera(batch.camera.c2w, batch.camera.K, torch.zeros(len(x), dtype=torch.bool, device=x.device))
-        null = real(x_t, t, torch.zeros_like(batch.text), off)
+        null = real(x_t, t, torch.zeros_like(batch.text), batch.camera)
         v = null + guidance * (v - null)
     real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
-    return (fake_x0 - real_x0) / (x - real_x0).abs().mean((1, 2, 3, 4), keepdim=True), real_x0
+    return (fake_x0 - real_x0) / (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)
 
 
 def generator_loss(nets, cfg, batch, index):
-    given = int(np.random.default_rng([7, *index[0][:-1]]).random() < cfg.p_first)
+    """(loss, the walk, mean size of the gradient, the data)."""
     # 1) rollout: the generator walks upon its own frames
-    x = walk(nets['generator'], cfg, batch, index, given)
+    x, given = walk(nets['generator'], cfg, batch, index)
     with torch.no_grad():
         # 2) noise: one time for each clip
         x_t, t = noised(x, batch, nets['generator'].cfg.shift, given)
         # 3) two scores, at that very time: of the data, and of the generator's own walks
         # 4) gradient: towards the data's, away from its own
-        grad, _ = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance)
+        grad = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance, given)
     loss = .5 * (x - (x - grad).detach())[:, given:].square().mean()
     return loss, x.detach(), grad[:, given:].abs().mean(), batch.x0
 
 
 def critic_loss(nets, cfg, batch, index):
-    # 5) critic: the fake score follows, by flow matching on fresh walks
-    given = int(np.random.default_rng([7, *index[0][:-1]]).random() < cfg.p_first)
+    """5) critic: the fake score follows the generator, by flow matching on fresh walks."""
     with torch.no_grad():
-        x = walk(nets['generator'], cfg, batch, index, given)
+        x, given = walk(nets['generator'], cfg, batch, index)
         x_t, t = noised(x, batch, nets['fake'].cfg.shift, given)
     v = nets['fake'](x_t, t, batch.text, batch.camera)
     return (v - (batch.eps - x))[:, given:].square().mean(),
@@ -139,8 +141,7 @@ def critic_loss(nets, cfg, batch, index):
 # evaluate: walk held-out paths in a few steps. The gate before: has the real score anything to teach?
 
 def numbers(walk, truth):
-    """Of pictures (n, F, H, W, 3) against the truth; sharpness and motion relative to the codec's view of it would need
-    the latents, so here they are relative to the truth."""
+    """Of walks (n, F, H, W, 3) against the truth as the codec shows it."""
     p, last = psnr(walk, truth).mean(0).tolist(), min(7, truth.shape[1] - 1)
     return {'psnr@1': p[1], f'psnr@{last}': p[last],
             'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(),
@@ -152,7 +153,7 @@ def numbers(walk, truth):
 def evaluate(model, cfg, clips, device, strip=None, bidirectional=False):
     n = min(64, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
-    truth = decode(batch.x0)                                                  # as good as the codec allows
+    truth = decode(batch.x0)
     if bidirectional:
         walk = decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1]))
         return numbers(walk, truth)
@@ -282,11 +283,10 @@ def main(cfg, stage):
         out, norm = run(n, 'generator', generator_loss)
         update_ema(ema, model, cfg.ema, step)
         critic = [run(n + 1 + i, 'fake', critic_loss) for i in range(cfg.critic)]
-        walk_, true = (decode(torch.cat([o[k] for o in out])) for k in (1, 3))
+        dream, truth = (decode(torch.cat([o[k] for o in out])) for k in (1, 3))
         sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[2] for o in out).item() / cfg.accum, norm,
                      np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
-                     (sharpness(walk_[:, 1:]).mean() / sharpness(true[:, 1:]).mean()).item(),
-                     (motion(walk_).mean() / motion(true).mean()).item()])
+                     *[numbers(dream, truth)[k] for k in ('sharpness', 'motion')]])
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             names = ('loss', 'gap', 'norm', 'critic', 'critic_norm', 'sharpness', 'motion')
             line = dict(step=step + 1, **dict(zip(names, np.mean(sums, 0).tolist())), lr=optimizers[0].param_groups[0]['lr'],
@@ -317,7 +317,7 @@ def main(cfg, stage):
     if rank == 0:
         header = load_tensors(f'{path}.safetensors')[1]
         print(f'{path}.safetensors, step {header["step"]}:', ', '.join(f'{k} {v:.3f}' for k, v in header['metrics'].items()))
-        print(gate(stage, 'nano', header['metrics']))
+        print(gate(stage, cfg.preset, header['metrics']))
     if world > 1:
         dist.destroy_process_group()
 

@@ -42,6 +42,7 @@ from model import (KVCache, add_noise, attention_path, causal_mask, chunk_ids, g
 @dataclass
 class Config:
     # what
+    preset: str = 'nano'          # whose thresholds to compare with at the end
     method: str = 'ode'           # ode: regress pairs of the teacher's ODE | cd: consistency, no pairs
     teacher: str = 'causal'       # ode: causal | bidirectional: the stage-0 model, for comparison
     init: str = 'out/ar.safetensors'          # the student's start, and the causal teacher

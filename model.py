@@ -641,7 +641,11 @@ def load_resume(path, model, ema, optimizers, config):
 
 HINTS = {'val_loss': 'look at the loss curve: rising or spiky means --lr too high, still falling means too few --steps',
          'psnr@1': 'the next frame is off: too few --steps, or --init is not the stage before this one',
-         'gap@7': 'the camera is not followed: look at the strip; too few --steps, or poses of a wrong sign or scale'}
+         'psnr@7': 'the walk drifts: look at the strip; too few --steps, or --init is not the stage before this one',
+         'gap@7': 'the camera is not followed: look at the strip; too few --steps, or poses of a wrong sign or scale',
+         'fd': 'the walks do not look like the data: a weak stage-0 model, or a critic that lags: raise --critic or --critic_lr',
+         'sharpness': 'blur or noise: in stage 2 too few --pairs or --steps, in stage 3 see fd; above 1 the sampler is wrong',
+         'motion': 'frozen below .5, runaway above 1.5: in stage 3 lower --lr or raise --critic; look at the log, when it began'}
 
 
 def gate(stage, preset, metrics):

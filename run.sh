@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The recipe as a list of commands.
-#   bash run.sh          clips -> base -> camera -> causal -> a walk, a strip per stage and a table, in out/
+#   bash run.sh          clips -> base -> camera -> causal -> few-step -> DMD -> walks, strips and tables, in out/
 #   bash run.sh test     the tests
 # PLANS=1 OUT=out1 bash run.sh: one plan to live in. PYTHON names another interpreter (3.10 or newer).
 set -euo pipefail
@@ -25,8 +25,12 @@ recipe)
     python finetune_camera.py --camera none --steps 300 --data "$DATA" --out "$OUT"                 ; took base
     python finetune_camera.py --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT"           ; took camera
     python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
-    python stream.py --ckpt "$OUT/ar.safetensors" --truth True --out "$OUT/walk.mp4"
-    python stream.py --ckpt "$OUT/ar.safetensors" --score "$OUT/score.json"                        ; took "walk and table" ;;
+    python distill_ode.py --data "$DATA" --init "$OUT/ar.safetensors" --out "$OUT"                 ; took few-step
+    python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
+    python stream.py --ckpt "$OUT/dmd.safetensors" --truth True --out "$OUT/walk.mp4"
+    for stage in ar dmd; do
+        python stream.py --ckpt "$OUT/$stage.safetensors" --score "$OUT/$stage.json"
+    done                                                                                           ; took "walk and tables" ;;
 *)
     echo "error: run.sh $1: say nothing, or test" >&2
     exit 1 ;;

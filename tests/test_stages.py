@@ -20,7 +20,7 @@ SMALL = ['--frames', 5, '--batch', 4, '--sample_steps', 2, '--log_every', 1, '--
 
 @pytest.fixture(scope='session')
 def chain(data, tmp_path_factory):
-    """base -> camera -> ar, four steps each; the folder with their files."""
+    """base -> camera -> ar -> ode, cd -> dmd, four steps each; the folder with their files."""
     out = str(tmp_path_factory.mktemp('out'))
     args = ['--data', data, '--out', out, '--steps', 4, *SMALL]
     run('finetune_camera.py', '--camera', 'none', *args)
@@ -28,7 +28,19 @@ def chain(data, tmp_path_factory):
     assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
     text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
     assert 'camera, 4 steps' in text and 'gate: ' in text
+    few = [x for x in args if x not in ('--sample_steps', 2)] + ['--init', f'{out}/ar.safetensors', '--teacher_steps', 8, '--pairs', 6]
+    text = run('distill_ode.py', *few)
+    assert 'ar, 4 steps' in text and '6 pairs, ' in text and ' MB' in text
+    run('distill_ode.py', '--method', 'cd', *few)
+    text = run('distill_ode.py', '--teacher', 'bidirectional', '--bidirectional', f'{out}/camera.safetensors', *few)
+    text = run('distill_dmd.py', *dmd_args(data, out), '--out', out)
+    assert 'gate before: ' in text and 'gate: ' in text
     return out
+
+
+def dmd_args(data, out):
+    return ['--data', data, '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--frames', 5, '--batch', 4,
+            '--critic', 2, '--steps', 4, '--eval_every', 2, '--log_every', 1, '--device', 'cpu']
 
 
 def losses(out, stage='ar'):
@@ -36,11 +48,13 @@ def losses(out, stage='ar'):
 
 
 def test_chain_leaves_checkpoints_logs_and_strips(chain):
-    for stage in ('base', 'camera', 'ar'):
+    for stage in ('base', 'camera', 'ar', 'ode', 'cd', 'ode-bidirectional', 'dmd'):
         tensors, meta = load_tensors(f'{chain}/{stage}.safetensors')
-        assert meta['stage'] == stage and meta['step'] == 4 and meta['data']['recipe']['world'] == 'lowpoly'
+        assert meta['stage'] == stage and meta['step'] in (4, 2 if stage == 'dmd' else 4) and meta['data']['recipe']['world'] == 'lowpoly'
         assert ('camera_embedding.weight' in tensors) == (stage != 'base')
         assert len(losses(chain, stage)) == 4
+    assert load_tensors(f'{chain}/dmd.last.safetensors')[1]['step'] == 4
+    for stage in ('base', 'camera', 'ar', 'ode', 'cd', 'dmd'):
         assert iio.imread(f'{chain}/{stage}.png').shape == (4 * 2 * 32 * 2, 5 * 32 * 2, 3)
     assert not [f for f in os.listdir(chain) if '.tmp' in f]
 
@@ -67,6 +81,38 @@ def test_killed_and_restarted_ends_in_the_same_weights(script, stage, dtype, dat
     assert losses(f'{tmp_path}/killed', stage) == losses(f'{tmp_path}/whole', stage)
     message = run(script, *args, '--out', tmp_path / 'killed', '--lr', .1, ok=False)
     assert 'lr 0.008, not 0.1' in message
+
+
+@pytest.mark.parametrize('method', ['ode', 'cd', 'dmd'])
+def test_distillation_killed_and_restarted_ends_in_the_same_weights(method, data, chain, tmp_path):
+    if method == 'dmd':
+        script, args = 'distill_dmd.py', dmd_args(data, chain)
+    else:
+        script, args = 'distill_ode.py', ['--method', method, '--data', data, '--init', f'{chain}/ar.safetensors', '--teacher_steps', 8,
+                                          '--pairs', 6, '--frames', 5, '--batch', 4, '--log_every', 1, '--device', 'cpu']
+    args += ['--steps', 6, '--save_every', 1]
+    run(script, *args, '--out', tmp_path / 'whole')
+    p = subprocess.Popen([sys.executable, f'{ROOT}/{script}', *map(str, args), '--out', str(tmp_path / 'killed')],
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '2'})
+    goal, began = random.randint(1, 3), time.time()
+    log = tmp_path / 'killed' / f'{method}.jsonl'
+    while not (log.exists() and len(log.read_text().splitlines()) >= goal) and p.poll() is None and time.time() - began < 60:
+        time.sleep(.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    run(script, *args, '--out', tmp_path / 'killed')
+    for name in (f'{method}.safetensors', f'{method}.resume.safetensors'):
+        a, b = (load_tensors(f'{tmp_path}/{d}/{name}')[0] for d in ('whole', 'killed'))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert losses(tmp_path / 'killed', method) == losses(tmp_path / 'whole', method)
+
+
+def test_dmd_on_two_processes_equals_one(data, chain, tmp_path):
+    args = [*dmd_args(data, chain), '--dtype', 'float32']
+    run('distill_dmd.py', *args, '--out', tmp_path / 'one')
+    run('distill_dmd.py', *args, '--out', tmp_path / 'two', torchrun=2)
+    a, b = (load_tensors(f'{tmp_path}/{d}/dmd.last.safetensors')[0] for d in ('one', 'two'))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
 
 def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
@@ -130,6 +176,23 @@ def test_score_and_bench_write_every_key(chain, tmp_path):
     (['--out', '/proc/nowhere/walk.mp4'], '/proc/nowhere')])
 def test_stream_says_what_is_wrong(args, words, chain):
     assert words in run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--steps', 1, *args, ok=False)
+
+
+def test_a_distilled_model_walks_in_few_steps(chain, tmp_path):
+    for steps, said in ((0, 4), (2, 2), (1, 1)):
+        text = run('stream.py', '--ckpt', f'{chain}/dmd.safetensors', '--keys', 'w*3', '--first', 'prompt', '--steps', steps,
+                   '--out', tmp_path / 'walk.gif')
+        assert f'{said} steps a frame' in text
+
+
+@pytest.mark.parametrize('script, args, words', [
+    ('distill_ode.py', ['--method', 'magic'], 'choose ode or cd'), ('distill_ode.py', ['--student_steps', 5], 'does not divide'),
+    ('distill_ode.py', ['--init', 'nowhere'], 'run train_ar.py first'), ('distill_dmd.py', ['--init', 'nowhere'], 'generator needs it'),
+    ('distill_dmd.py', ['--rollout', 'magic'], 'choose self or teacher')])
+def test_distillation_says_what_is_wrong(script, args, words, data, chain, tmp_path):
+    start = ['--init', f'{chain}/ode.safetensors', '--data', data, '--out', tmp_path]
+    start += ['--score', f'{chain}/camera.safetensors'] * (script == 'distill_dmd.py')
+    assert words in run(script, *start, *args, ok=False)
 
 
 @pytest.mark.parametrize('args, words', [
