@@ -233,11 +233,13 @@ def doom_clips(cfg, split, indices):
     out = []
     for i in indices:
         r = np.random.default_rng([cfg.seed, 3 + split, i])
-        game.set_seed(int(r.integers(2 ** 31)))
-        game.new_episode()
-        game.make_action([0] * 4 + [float(r.uniform(-180, 180))], 1)
-        tics, degrees, hold, frames, poses = int(r.integers(1, 4)), r.uniform(1.5, 10), 0, [], []
-        for _ in range(cfg.frames):
+        frames = []
+        while len(frames) < cfg.frames:                       # an episode may end early: the vest is found
+            if not frames or game.is_episode_finished():
+                game.set_seed(int(r.integers(2 ** 31)))
+                game.new_episode()
+                game.make_action([0] * 4 + [float(r.uniform(-180, 180))], 1)
+                tics, degrees, hold, frames, poses = int(r.integers(1, 4)), r.uniform(1.5, 10), 0, [], []
             x, y, z, angle = game.get_state().game_variables
             picture = torch.from_numpy(game.get_state().screen_buffer.copy()).permute(2, 0, 1)[None].float()
             frames.append(F.interpolate(picture, (cfg.height, cfg.width), mode='area')[0].permute(1, 2, 0))

@@ -271,7 +271,7 @@ def seen_mask(depth, c2w, K):
     return inside & (p.norm(dim=-1) < 1.05 * nearest.view(depth.shape) + .1)
 
 
-def score(model, cfg, header, device):
+def score(model, cfg, header, device, find_poses=True):
     """Walk 64 held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
     recipe = header['data']['recipe']
     n = min(64, recipe['val_clips'])
@@ -307,6 +307,7 @@ def score(model, cfg, header, device):
             mse = (error * mask).mean((2, 3)) / share.clamp(min=1e-6)
             value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
             out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
+    if recipe['world'] == 'lowpoly' and find_poses:
         found = locate(lowpoly, torch.cat([x[:, 1:] for x in (truth, ceiling, dream)], 1),
                        torch.arange(1, length).repeat(3), c2w[:, 0], K)
         rot, trans = (x.view(n, 3, -1) for x in pose_error(found, c2w[:, 1:].repeat(1, 3, 1, 1)))
