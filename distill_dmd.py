@@ -6,7 +6,7 @@ Out: out/dmd.safetensors, the best by Fréchet distance, and out/dmd.last.safete
 
     network      starts from                      trained?    causal?    learning rate
     generator    out/ode.safetensors (stage 2)    yes         yes        --lr
-    real score   out/camera.safetensors (stage 0) no          no         -
+    real score   --score (stage 0, trained on)    no          no         -
     fake score   the same                         yes         no         --critic_lr
 
     python distill_dmd.py                                                                 # laptop
@@ -46,20 +46,20 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a rollout
-    steps: int = 150              # generator updates
+    steps: int = 50               # generator updates
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches an update, on each process
     critic: int = 4               # updates of the fake score for one of the generator
     # optimizer
-    lr: float = 3e-4
-    critic_lr: float = 6e-4
+    lr: float = 5e-5
+    critic_lr: float = 1e-3
     warmup: int = 10              # steps
     decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0
     clip: float = 1.0             # gradient norm, of each network
     ema: float = 0.97
     # objective
     student_steps: int = 4        # steps of a rollout's schedule
-    guidance: float = 1.0         # of the real score, over a dropped prompt (1: none)
+    guidance: float = 1.0         # of the real score, over a dropped camera (1: none)
     p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
     rollout: str = 'self'         # self | teacher: upon the true history, for comparison
     # run
@@ -106,10 +106,11 @@ def noised(x, batch, shift, given):
 
 def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0):
     """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given: up to a positive
-    factor the gradient in x of KL(rollouts || data). Guidance, over a dropped prompt, is the real score's alone."""
+    factor the gradient in x of KL(rollouts || data). Guidance, over a dropped camera, is the real score's alone."""
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
-        null = real(x_t, t, torch.zeros_like(batch.text), batch.camera)
+        off = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        null = real(x_t, t, batch.text, Camera(batch.camera.c2w, batch.camera.K, off))
         v = null + guidance * (v - null)
     real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
     return (fake_x0 - real_x0) / (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)
@@ -251,7 +252,7 @@ def main(cfg, stage):
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
         f'{attention_path(device, dtype)}, {len(clips)} clips')
     if rank == 0:
-        lines = open(f'{path}.jsonl').read().splitlines() if start and os.path.exists(f'{path}.jsonl') else []
+        lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
         log = open(f'{path}.jsonl', 'w')
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
         if not start:                                                         # is there anything to teach?

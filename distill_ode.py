@@ -51,7 +51,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log, strip and pairs
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 600
+    steps: int = 400
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
@@ -283,7 +283,7 @@ def main(cfg, stage):
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
         f'{attention_path(device, dtype)}, {len(clips)} clips')
     if rank == 0:
-        lines = open(f'{path}.jsonl').read().splitlines() if start and os.path.exists(f'{path}.jsonl') else []
+        lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
         log = open(f'{path}.jsonl', 'w')
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
     sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count

@@ -658,5 +658,5 @@ def gate(stage, preset, metrics):
     limits = {k: v for k, v in limits.items() if k in metrics}                # shorter clips have no frame 7
     ok = {k: metrics[k] >= v if sign == '>=' else metrics[k] <= v for k, (sign, v) in limits.items()}
     line = ', '.join(f'{k} {metrics[k]:.3g} {sign} {v:g}' for k, (sign, v) in limits.items())
-    advice = ''.join(f'\n  {k}: {HINTS[k]}' for k in ok if not ok[k])
+    advice = ''.join(f'\n  {k}: {HINTS[k.split(",")[0]]}' for k in ok if not ok[k])
     return f'gate: {"PASS" if all(ok.values()) else "FAIL"} {line}{advice}'
