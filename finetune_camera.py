@@ -9,9 +9,10 @@ Out: out/camera.safetensors. With --camera none it trains that base model itself
     torchrun --nproc_per_node=1 finetune_camera.py --preset small --batch 64              # one GPU
     torchrun --nproc_per_node=8 finetune_camera.py --preset small --batch 256             # eight
 
-Different from minWM: 1) the pose enters as a Plücker map added to the input, not as PRoPE; 2) with probability p_first
-frame 0 is given clean, so one model does image-to-world and text-to-world; 3) text and camera are dropped at random,
-so both can be guided; 4) no weight over t; 5) Muon and an EMA; 6) gradient accumulation is real.
+Different from minWM: 1) the pose enters as Plücker maps added to the input and as each frame's move added to its time
+embedding, not as PRoPE; 2) with probability p_first frame 0 is given clean, so one model does image-to-world and
+text-to-world; 3) text and camera are dropped at random, so both can be guided; 4) no weight over t; 5) Muon and an EMA;
+6) gradient accumulation is real.
 """
 import argparse
 import json

@@ -51,7 +51,7 @@ class ModelConfig:
     eps: float = 1e-6
     patch: int = 2                # Wan's patch_size (1, 2, 2)
     camera: str = 'plucker'       # how the pose enters: plucker | none
-    camera_freqs: int = 3         # octaves of the Plücker map's Fourier features
+    camera_freqs: int = 3         # octaves of the Plücker maps' Fourier features
     chunk: int = 1                # frames denoised together
     first: int = 1                # frames in the first chunk: 1, or `chunk` as in minWM
     shift: float = 4.0            # time schedule: more noise for more tokens a frame
@@ -656,6 +656,8 @@ def gate(stage, preset, metrics):
     with open(path) as f:
         limits = json.load(f).get(stage, {}).get('thresholds', {})
     limits = {k: v for k, v in limits.items() if k in metrics}                # shorter clips have no frame 7
+    if not limits:
+        return f'gate: none for {stage} in expected/{preset}.json'
     ok = {k: metrics[k] >= v if sign == '>=' else metrics[k] <= v for k, (sign, v) in limits.items()}
     line = ', '.join(f'{k} {metrics[k]:.3g} {sign} {v:g}' for k, (sign, v) in limits.items())
     advice = ''.join(f'\n  {k}: {HINTS[k.split(",")[0]]}' for k in ok if not ok[k])

@@ -1,7 +1,8 @@
 """
 Walk through a trained world, score it, time it.
 
-    python stream.py --ckpt out/ar.safetensors --keys "w*8,wl*8"                 # out/walk.mp4, keys drawn on it
+    python stream.py --keys "w*8,wl*8"                                           # out/walk.mp4, keys drawn on it
+    python stream.py --ckpt out/ar.safetensors --steps 16                        # another checkpoint, other steps
     python stream.py --ckpt out/ar.safetensors --first picture.png               # start from any picture
     python stream.py --ckpt out/ar.safetensors --first prompt --prompt "day sky green floor red and blue walls"
     python stream.py --ckpt out/ar.safetensors --score out/score.json            # 64 held-out paths against the truth
@@ -35,7 +36,7 @@ from model import chunk_ids, embed_text, load_model, pick_device, rollout, sched
 
 @dataclass
 class Config:
-    ckpt: str = 'out/ar.safetensors'
+    ckpt: str = 'checkpoints/dmd.safetensors'
     # the walk
     keys: str = 'w*4,wl*4,w*4,j*4'
     poses: str = ''               # instead of keys: JSON, a list of 4x4 c2w or minWM's {"0": {"extrinsic": c2w}, ...}

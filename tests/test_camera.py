@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from camera import (KEYS, BadInput, Camera, crop_intrinsics, format_keys, intrinsics, invert, keys_to_poses, make_pose,
-                    parse_keys, plucker, pose_error, poses_to_keys, rays, relative)
+from camera import (KEYS, METRES, BadInput, Camera, crop_intrinsics, format_keys, intrinsics, invert, keys_to_poses, make_pose,
+                    parse_keys, plucker, pose_error, poses_to_keys, rays, relative, steps)
 
 
 def random_poses(*shape):
@@ -105,3 +105,15 @@ def test_pluecker_moment_is_the_same_from_any_point_of_the_ray():
     torch.testing.assert_close(m[:, :, 3:].movedim(2, -1), torch.linalg.cross(point, d), rtol=0, atol=1e-5)
     identity = plucker(torch.eye(4).expand(1, 1, 4, 4), K[:1, :1], 4, 4)
     assert (identity[:, :, 3:] == 0).all()
+
+
+def test_steps_compose_to_the_path():
+    path = keys_to_poses('w*2,wl*3,di*2')[None]
+    moves = steps(path)
+    assert torch.equal(moves[0, 0], torch.eye(4)) and moves[0, 1, 2, 3] == METRES
+    at = path[:, 0]
+    for i in range(1, path.shape[1]):
+        at = at @ moves[:, i]
+        assert torch.allclose(at, path[:, i], atol=1e-6)
+    assert torch.allclose(steps(path[:, 3:], path[:, 2:3]), moves[:, 3:], atol=1e-6)      # a slice, told what was before
+    assert torch.equal(Camera(path, torch.zeros(1, 8, 4)).step, moves)
