@@ -116,14 +116,15 @@ def test_dmd_on_two_processes_equals_one(data, chain, tmp_path):
 
 
 def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
-    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32']
+    # Muon's iteration is in bfloat16 whatever the weights are, so that float32 is AdamW alone
+    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32', '--muon', False]
     run('train_ar.py', *args, '--out', tmp_path / 'one')
     run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
     run('train_ar.py', *args, '--out', tmp_path / 'accum', '--accum', 2)
     one, two, accum = (losses(tmp_path / d) for d in ('one', 'two', 'accum'))
     assert len(one) == 20 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and max(abs(a - b) for a, b in zip(one, accum)) < 1e-4
     a, b = (load_tensors(f'{tmp_path}/{d}/ar.safetensors')[0] for d in ('one', 'two'))
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-2   # Muon's bfloat16 iteration magnifies rounding; a half batch gives more
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
 def test_chunks_of_four(data, chain, tmp_path):
