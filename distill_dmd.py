@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from camera import BadInput, Camera
 from data import Clips, decode, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
 from model import (add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
-                   pick_device, rollout, sample_clip, save_model, save_resume, schedule, shift_time, teacher_forcing_mask,
+                   pick_device, rollout, sample_clip, save_model, save_resume, schedule, shift_time, teacher_forced,
                    update_ema, v_to_x0)
 
 
@@ -80,20 +80,17 @@ def walk(model, cfg, batch, index):
     rng = np.random.default_rng([8, *index[0][:2]])
     exit_step, given = int(rng.integers(cfg.student_steps)), model.cfg.first * int(rng.random() < cfg.p_first)
     noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, model.cfg.shift)
-    ids = chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)
     if cfg.rollout == 'self':
-        sizes = torch.bincount(ids).tolist()
+        sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
         cameras = (Camera(a, b) for a, b in zip(batch.camera.c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
         return torch.cat(list(rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None,
                                       window=cfg.frames, renoise=True, exit_step=exit_step)), 1), given
-    x, grad = noise(cfg.frames), torch.is_grad_enabled()                     # all chunks at once, upon the true history
+    x, grad = noise(cfg.frames), torch.is_grad_enabled()                      # all chunks at once, upon the true history
     for i in range(exit_step + 1):
         t = times[i].expand(x.shape[:2]).to(x.device)
         with torch.set_grad_enabled(grad and i == exit_step):
-            v = model(torch.cat([batch.x0, x], 1), torch.cat([0 * t, t], 1), batch.text, Camera.cat([batch.camera] * 2),
-                      mask=teacher_forcing_mask(ids), pos=[*range(cfg.frames)] * 2)[:, cfg.frames:]
-            x0 = v_to_x0(x, v, t)
-        x = add_noise(x0, noise(cfg.frames), 0 * t + times[i + 1].item())
+            x0 = v_to_x0(x, teacher_forced(model, model.cfg, batch, x, t), t)
+        x = add_noise(x0, noise(cfg.frames), torch.full_like(t, times[i + 1].item()))
     return torch.cat([batch.x0[:, :given], x0[:, given:]], 1), given
 
 
@@ -110,7 +107,7 @@ def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0):
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
         off = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        null = real(x_t, t, batch.text, Camera(batch.camera.c2w, batch.camera.K, off))
+        null = real(x_t, t, batch.text, replace(batch.camera, on=off))
         v = null + guidance * (v - null)
     real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
     return (fake_x0 - real_x0) / (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)
@@ -141,17 +138,22 @@ def critic_loss(nets, cfg, batch, index):
 # -----------------------------------------------------------------------------
 # evaluate: walk held-out paths in a few steps. The gate before: has the real score anything to teach?
 
+def vigour(walk, truth):
+    """Sharpness and motion of generated frames relative to the truth's, both (n, F, H, W, 3)."""
+    return {'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(),
+            'motion': (motion(walk).mean() / motion(truth).mean()).item()}
+
+
 def numbers(walk, truth):
     """Of walks (n, F, H, W, 3) against the truth as the codec shows it."""
     p, last = psnr(walk, truth).mean(0).tolist(), min(7, truth.shape[1] - 1)
-    return {'psnr@1': p[1], f'psnr@{last}': p[last],
-            'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(),
-            'motion': (motion(walk).mean() / motion(truth).mean()).item(),
+    return {'psnr@1': p[1], f'psnr@{last}': p[last], **vigour(walk, truth),
             'fd': frechet(walk[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))}
 
 
 @torch.no_grad()
 def evaluate(model, cfg, clips, device, strip=None, bidirectional=False):
+    """The numbers of held-out walks: of the student in a few steps, or of the real score, whole clips in 16."""
     n = min(64, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
     truth = decode(batch.x0)
@@ -260,7 +262,7 @@ def main(cfg, stage):
             ok = real['fd'] < student['fd'] and abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
             say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
                 f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}'
-                + '' * ok + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
+                + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
 
     def run(update, name, loss_fn):
         """Update number `update` of the run, on its own clips and noise."""
@@ -287,7 +289,7 @@ def main(cfg, stage):
         dream, truth = (decode(torch.cat([o[k] for o in out])) for k in (1, 3))
         sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[2] for o in out).item() / cfg.accum, norm,
                      np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
-                     *[numbers(dream, truth)[k] for k in ('sharpness', 'motion')]])
+                     *vigour(dream, truth).values()])
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             names = ('loss', 'gap', 'norm', 'critic', 'critic_norm', 'sharpness', 'motion')
             line = dict(step=step + 1, **dict(zip(names, np.mean(sums, 0).tolist())), lr=optimizers[0].param_groups[0]['lr'],

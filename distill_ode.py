@@ -36,7 +36,7 @@ from data import Clips, decode, get_batch, load_manifest, make, noise_for, psnr,
 from data import Config as DataConfig
 from model import (KVCache, add_noise, attention_path, causal_mask, chunk_ids, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, rollout, save_model, save_resume, save_tensors, schedule,
-                   teacher_forcing_mask, update_ema, v_to_x0)
+                   teacher_forced, teacher_forcing_mask, update_ema, v_to_x0)
 
 
 @dataclass
@@ -111,7 +111,7 @@ def ode_loss(net, cfg, batch):
     x_t, t = states[range(B), s].float(), times[s][:, None].expand(B, F)
     # 2) the student sees the true history; after the bidirectional teacher, the noisy past of the same trajectory
     if cfg.teacher == 'causal':
-        v = teacher_forced(net, batch, x_t, t, net.cfg)
+        v = teacher_forced(net, net.cfg, batch, x_t, t)
     else:
         t = t.clone()
         t[:, 0] = 0
@@ -134,22 +134,14 @@ def cd_loss(net, cfg, batch, teacher, averaged):
     x_t = add_noise(batch.x0, batch.eps, t)
     with torch.no_grad():
         # 2) the frozen teacher goes one Euler step from t to t'
-        v = teacher_forced(teacher, batch, x_t, t, net.cfg)
+        v = teacher_forced(teacher, net.cfg, batch, x_t, t)
         x_next = x_t + (t_next - t)[..., None, None, None] * v
         # 3) the student's EMA jumps from there: the target. At t' = 0 it is x' itself, the boundary condition
-        target = v_to_x0(x_next, teacher_forced(averaged, batch, x_next, t_next, net.cfg), t_next)
+        target = v_to_x0(x_next, teacher_forced(averaged, net.cfg, batch, x_next, t_next), t_next)
     # 4) the student jumps from t
-    error = (v_to_x0(x_t, teacher_forced(net, batch, x_t, t, net.cfg), t) - target).square().mean((2, 3, 4))
+    error = (v_to_x0(x_t, teacher_forced(net, net.cfg, batch, x_t, t), t) - target).square().mean((2, 3, 4))
     return error.mean(), error, t
 
-
-def teacher_forced(net, batch, x_t, t, cfg):
-    """v of the noisy half of [clean | noisy], as in train_ar.py."""
-    F = x_t.shape[1]
-    v = net(torch.cat([batch.x0, x_t], 1), torch.cat([torch.zeros_like(t), t], 1), batch.text,
-            Camera.cat([batch.camera, batch.camera]), mask=teacher_forcing_mask(chunk_ids(F, cfg.chunk, cfg.first)),
-            pos=[*range(F)] * 2)
-    return v[:, F:]
 
 # -----------------------------------------------------------------------------
 # pairs on disk, in the format of data.py, so that get_batch reads them
@@ -215,7 +207,7 @@ def evaluate(model, cfg, clips, device, strip=None):
                         range(0, cfg.teacher_steps, every))
     for s, t in enumerate(schedule(cfg.student_steps, model.cfg.shift)[:-1].tolist()):
         t = torch.full(part.x0.shape[:2], t, device=device)
-        jump = v_to_x0(states[:, s], teacher_forced(model, part, states[:, s], t, model.cfg), t)
+        jump = v_to_x0(states[:, s], teacher_forced(model, model.cfg, part, states[:, s], t), t)
         metrics[f'to end, t {t[0, 0]:.2f}'] = (jump - states[:, -1]).square().mean().item()
     return metrics
 
@@ -257,6 +249,8 @@ def main(cfg, stage):
     # the teacher, its pairs, the loss
     if cfg.method not in ('ode', 'cd') or cfg.teacher not in ('causal', 'bidirectional'):
         raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional')
+    if cfg.method == 'cd' and cfg.teacher != 'causal':
+        raise BadInput('--method cd steps along the causal teacher: --teacher bidirectional goes with --method ode')
     if cfg.teacher_steps % cfg.student_steps:
         raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)

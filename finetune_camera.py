@@ -81,7 +81,7 @@ def loss_fn(model, cfg, batch):
     x_t = add_noise(batch.x0, batch.eps, t)
     # 3) in some the prompt or the camera is dropped, so that a null branch exists for guidance
     text = batch.text * (u_text >= cfg.drop_text).float()[:, None, None]
-    camera = Camera(batch.camera.c2w, batch.camera.K, u_camera >= cfg.drop_camera) if cfg.camera != 'none' else None
+    camera = replace(batch.camera, on=u_camera >= cfg.drop_camera) if cfg.camera != 'none' else None
     # 4) the network predicts the velocity eps - x0
     v = model(x_t, t, text, camera)
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))

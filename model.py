@@ -10,8 +10,8 @@ Conventions, used in every file:
 - A mask is a (frames x frames) bool matrix, rows query, columns key, passed explicitly; nothing is guessed.
 - Cameras: see camera.py. Poses reach the network twice: relative to frame 0 of its sequence and to the frame before.
 
-Different from Wan2.1: times are per frame; a camera term (zero at the start) is added to the input; the rotary
-product is in float32 (its angles in float64); text keys and values are computed once per prompt when there is a cache.
+Different from Wan2.1: times are per frame; camera terms (zero at the start) are added to the input and to the time
+embedding; the rotary product is in float32 (its angles in float64); a cache holds the prompt's keys and values too.
 Names, shapes and mathematics of the weights are Wan's, so its checkpoints load as they are.
 """
 import functools
@@ -243,6 +243,7 @@ class KVCache:
     cache writes its frames behind them, and repeating it (the next denoising step) overwrites the same place.
 
     k, v: per layer (B, frames * L, N, Dh). text: per layer the keys and values of the prompt, filled at first use.
+    Where gradient is enabled it is only read: to fill it, run the network under torch.no_grad().
     """
     def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
         kind = torch.device(device).type
@@ -258,7 +259,7 @@ class KVCache:
         b = a + k.shape[1]
         if b > self.frames * self.L:
             raise IndexError(f'the cache holds {self.frames} frames; {b // self.L} are asked of it')
-        if torch.is_grad_enabled():       # self-rollout: nothing that carries gradient is ever stored
+        if torch.is_grad_enabled():                            # self-rollout: gradient must not reach the past
             return torch.cat([self.k[layer, :, :a], k], 1), torch.cat([self.v[layer, :, :a], v], 1)
         self.k[layer, :, a:b], self.v[layer, :, a:b] = k, v
         return self.k[layer, :, :b], self.v[layer, :, :b]
@@ -409,6 +410,7 @@ class DiT(nn.Module):
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)   # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):                   # the residual stream and times stay fp32
             x = x.to(dtype)
+            e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
             if camera is not None and self.cfg.camera == 'plucker':
                 rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
                 waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
@@ -416,8 +418,7 @@ class DiT(nn.Module):
                 on = 1.0 if camera.on is None else camera.on.view(-1, 1, 1).float()
                 rays = on * rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
                 x = x + F.linear(rays, self.camera_embedding.weight.float()).to(dtype)
-            e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
-            if camera is not None and self.cfg.camera == 'plucker':          # the move since the last frame, scaled to about 1
+                # the move since the last frame, scaled to about 1, modulates every block
                 move = 10 * (camera.step - torch.eye(4, device=x.device))[..., :3, :].flatten(2)
                 e = e + F.linear(move * on, self.camera_motion.weight.float()).to(dtype)
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
@@ -445,6 +446,14 @@ def sample_clip(model, noise, text, camera, times, first=None):
         time[:, :1] = 0 if first is not None else time[:, :1]
         x = x + step[..., None, None, None] * model(x, time, text, camera)
     return x
+
+
+def teacher_forced(net, cfg, batch, x_t, t):
+    """v (B, F, C, H, W) of x_t at times t (B, F), each chunk upon the batch's true history: one pass over [clean | noisy]."""
+    F = x_t.shape[1]
+    return net(torch.cat([batch.x0, x_t], 1), torch.cat([torch.zeros_like(t), t], 1), batch.text,
+               Camera.cat([batch.camera, batch.camera]), mask=teacher_forcing_mask(chunk_ids(F, cfg.chunk, cfg.first)),
+               pos=[*range(F)] * 2)[:, F:]
 
 # -----------------------------------------------------------------------------
 # walking: the only chunk-by-chunk loop
@@ -477,11 +486,12 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         text = torch.cat([text, torch.zeros_like(text)])
     history, cache, origin = [], None, None                # history: (latents, Camera) of each chunk in the window
 
-    def call(x, t, camera, grad=False, **kw):
+    def place(camera):                                      # as the network sees it, from here and now
         before = history[-1][1].c2w[:, -1:] if cache.end else None
         camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before))
-        if guidance != 1:
-            camera = Camera.cat([camera, camera], 0)
+        return Camera.cat([camera, camera], 0) if guidance != 1 else camera
+
+    def call(x, t, camera, grad=False, **kw):
         t = torch.full((len(text), x.shape[1]), t, device=x.device)
         with torch.set_grad_enabled(grad):
             v = model(twice(x), t, text, camera, cache=cache, **kw)
@@ -502,13 +512,14 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             seen, cameras_seen = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
             cameras_seen = Camera(cameras_seen.c2w[:, -keep:], cameras_seen.K[:, -keep:], cameras_seen.on)
             history, cache.end, origin = [(seen, cameras_seen)], 0, cameras_seen.c2w[:, 0]
-            call(seen, 0.0, cameras_seen, mask=causal_mask(chunk_ids(keep, model.cfg.chunk, model.cfg.first)))
+            call(seen, 0.0, place(cameras_seen), mask=causal_mask(chunk_ids(keep, model.cfg.chunk, model.cfg.first)))
             cache.end = keep
+        placed = place(camera)
         if first is None or history:
             plan = times if history or first_times is None else first_times
             for i, (t, t_next) in enumerate(zip(plan[:-1].tolist(), plan[1:].tolist())):
                 last = i == (len(plan) - 2 if exit_step is None else exit_step)
-                v = call(x, t, camera, grad=last and exit_step is not None and torch.is_grad_enabled())
+                v = call(x, t, placed, grad=last and exit_step is not None and torch.is_grad_enabled())
                 if renoise or last and exit_step is not None:
                     x = x - t * v
                     if last:
@@ -516,7 +527,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                     x = (1 - t_next) * x + t_next * noise(n)
                 else:
                     x = x + (t_next - t) * v
-        call(x.detach(), 0.0, camera)                                         # clean pass: write the cache
+        call(x.detach(), 0.0, placed)                                         # clean pass: write the cache
         cache.end += n
         history.append((x.detach(), camera))
         yield x

@@ -71,13 +71,13 @@ def loss_fn(model, cfg, batch):
     """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
     u_text, u_camera = batch.u[:, F + 1:F + 3].unbind(1)
-    # 1) one noise level per chunk, all independent: every chunk meets every level with clean history before it
+    # 1) one noise level per chunk, all independent: every chunk meets every level, whatever came before
     ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
     t = shift_time(batch.u[:, ids], model.cfg.shift)
     x_t = add_noise(batch.x0, batch.eps, t)
     # 2) the prompt or the camera is dropped in some clips
     text = batch.text * (u_text >= cfg.drop_text).float()[:, None, None]
-    camera = Camera(batch.camera.c2w, batch.camera.K, u_camera >= cfg.drop_camera)
+    camera = replace(batch.camera, on=u_camera >= cfg.drop_camera)
     # 3) the history is a little noisy, and says so by its time: a walk's own frames are not perfect either
     t_history = cfg.context_noise * batch.u[:, F + 4:][:, ids]
     history = add_noise(batch.x0, batch.eps, t_history)
