@@ -155,21 +155,22 @@ class Lowpoly:
         return colour.view(B, V, H, W, 3), depth.view(B, V, H, W)
 
 
+def free(plan, x, z, margin=.35):
+    """May one stand at (x, z), metres? The plan's walls, boxes and balls keep a distance of `margin`."""
+    (boxes, balls), p = plan, np.array([x, z])
+    return (np.abs(p).max() < ARENA - margin
+            and not ((boxes[:, 0, ::2] - margin < p) & (p < boxes[:, 1, ::2] + margin)).all(1).any()
+            and (np.linalg.norm(balls[:, :3:2] - p, axis=1) > balls[:, 3] + margin).all())
+
+
 def walk(plan, frames, rng):
     """A random keyboard walk that does not pass through things: c2w (frames, 4, 4) float32. Keys are held for 3 to 8
     frames at a speed drawn per clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame). A blocked step becomes a turn."""
-    (boxes, balls), metres, degrees = plan, rng.uniform(.04, .25), rng.uniform(1.5, 10)
-
-    def free(x, z, margin=.35):
-        p = np.array([x, z])
-        return (np.abs(p).max() < ARENA - margin
-                and not ((boxes[:, 0, ::2] - margin < p) & (p < boxes[:, 1, ::2] + margin)).all(1).any()
-                and (np.linalg.norm(balls[:, :3:2] - p, axis=1) > balls[:, 3] + margin).all())
-
+    metres, degrees = rng.uniform(.04, .25), rng.uniform(1.5, 10)
     ahead = [False]
     while not all(ahead):                                     # start where there is a view: 1.5 m free ahead
         x, z, yaw = *rng.uniform(-ARENA, ARENA, 2), rng.uniform(-180, 180)
-        ahead = [free(x + a * math.sin(math.radians(yaw)), z + a * math.cos(math.radians(yaw))) for a in (0, .5, 1, 1.5)]
+        ahead = [free(plan, x + a * math.sin(math.radians(yaw)), z + a * math.cos(math.radians(yaw))) for a in (0, .5, 1, 1.5)]
     state = (x, -1.0, z), yaw, float(rng.choice([0, 0, 0, -8, 8]))
     states, hold = [state], 0
     while len(states) < frames:
@@ -178,7 +179,7 @@ def walk(plan, frames, rng):
                               p=[.25, .15, .15, .09, .09, .06, .06, .05, .025, .025, .025, .025])
             hold = rng.integers(3, 9)
         (x, _, z), _, _ = move(*state, keys, metres, degrees)
-        if not free(x, z):
+        if not free(plan, x, z):
             keys, hold = rng.choice(['l', 'j']), rng.integers(3, 9)
         state, hold = move(*state, keys, metres, degrees), hold - 1
         states.append(state)

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera
+from camera import BadInput, Camera, relative
 from data import Clips, decode, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
 from model import (add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
@@ -61,6 +61,7 @@ class Config:
     student_steps: int = 4        # steps of a rollout's schedule
     guidance: float = 1.0         # of the real score, over a dropped camera (1: none)
     p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
+    before: int = 0               # up to so many frames are walked before those that the scores see
     rollout: str = 'self'         # self | teacher: upon the true history, for comparison
     # run
     seed: int = 0
@@ -73,25 +74,41 @@ class Config:
 # -----------------------------------------------------------------------------
 # the lesson: distribution matching on self-rollouts (DMD: Yin et al. 2024, eq. 7; Self Forcing, algorithm 1)
 
+def there_and_back(n, length):
+    """Frame indices (length,) that walk a clip of n frames to its end, back to its start, and on: a longer path."""
+    i = torch.arange(length) % max(1, 2 * n - 2)
+    return torch.minimum(i, 2 * n - 2 - i)
+
+
 def walk(model, cfg, batch, index):
-    """A rollout of the generator (B, F, C, H, W) along the batch's cameras, and how many of its frames are given. All
-    chunks stop at one random step, whose call carries the gradient if it is enabled. index: (seed, update, sample) for
-    each clip; what the clips share depends on (seed, update), so all processes agree."""
-    rng = np.random.default_rng([8, *index[0][:2]])
-    exit_step, given = int(rng.integers(cfg.student_steps)), model.cfg.first * int(rng.random() < cfg.p_first)
-    noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, model.cfg.shift)
+    """A rollout of the generator along the batch's cameras: its last cfg.frames frames (B, F, C, H, W), how many of them
+    are given, and the batch as those frames see it. All chunks stop at one random step, whose call carries the gradient
+    if it is enabled. Up to cfg.before frames are walked first, so that the generator meets histories as imperfect as those
+    of a long walk. index: (seed, update, sample) for each clip; what the clips share depends on (seed, update), so all
+    processes agree."""
+    rng, m, n = np.random.default_rng([8, *index[0][:2]]), model.cfg, cfg.frames
+    exit_step, given = int(rng.integers(cfg.student_steps)), m.first * int(rng.random() < cfg.p_first)
+    before = m.chunk * int(rng.integers(cfg.before // m.chunk + 1))
+    noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, m.shift)
+    path, grad = there_and_back(batch.x0.shape[1], before + n), torch.is_grad_enabled()
+    c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
+    seen = replace(batch, x0=batch.x0[:, path[-n:]], eps=batch.eps[:, :n], camera=Camera(relative(c2w[:, -n:]), K[:, -n:]))
     if cfg.rollout == 'self':
-        sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
-        cameras = (Camera(a, b) for a, b in zip(batch.camera.c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
-        return torch.cat(list(rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None,
-                                      window=cfg.frames, renoise=True, exit_step=exit_step)), 1), given
-    x, grad = noise(cfg.frames), torch.is_grad_enabled()                      # all chunks at once, upon the true history
+        sizes, frames = torch.bincount(chunk_ids(before + n, m.chunk, m.first)).tolist(), []
+        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
+        chunks = rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None, window=n,
+                         renoise=True, exit_step=exit_step)
+        for size in sizes:
+            with torch.set_grad_enabled(grad and sum(x.shape[1] for x in frames) >= before):
+                frames.append(next(chunks))
+        return torch.cat(frames, 1)[:, -n:], 0 if before else given, seen
+    x = noise(n)                                                              # all chunks at once, upon the true history
     for i in range(exit_step + 1):
         t = times[i].expand(x.shape[:2]).to(x.device)
         with torch.set_grad_enabled(grad and i == exit_step):
-            x0 = v_to_x0(x, teacher_forced(model, model.cfg, batch, x, t), t)
-        x = add_noise(x0, noise(cfg.frames), torch.full_like(t, times[i + 1].item()))
-    return torch.cat([batch.x0[:, :given], x0[:, given:]], 1), given
+            x0 = v_to_x0(x, teacher_forced(model, m, seen, x, t), t)
+        x = add_noise(x0, noise(n), torch.full_like(t, times[i + 1].item()))
+    return torch.cat([seen.x0[:, :given], x0[:, given:]], 1), given, seen
 
 
 def noised(x, batch, shift, given):
@@ -116,7 +133,7 @@ def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0):
 def generator_loss(nets, cfg, batch, index):
     """(loss, the walk, mean size of the gradient, the data)."""
     # 1) rollout: the generator walks upon its own frames
-    x, given = walk(nets['generator'], cfg, batch, index)
+    x, given, batch = walk(nets['generator'], cfg, batch, index)
     with torch.no_grad():
         # 2) noise: one time for each clip
         x_t, t = noised(x, batch, nets['generator'].cfg.shift, given)
@@ -130,7 +147,7 @@ def generator_loss(nets, cfg, batch, index):
 def critic_loss(nets, cfg, batch, index):
     """5) critic: the fake score follows the generator, by flow matching on fresh walks."""
     with torch.no_grad():
-        x, given = walk(nets['generator'], cfg, batch, index)
+        x, given, batch = walk(nets['generator'], cfg, batch, index)
         x_t, t = noised(x, batch, nets['fake'].cfg.shift, given)
     v = nets['fake'](x_t, t, batch.text, batch.camera)
     return (v - (batch.eps - x))[:, given:].square().mean(),
@@ -151,29 +168,37 @@ def numbers(walk, truth):
             'fd': frechet(walk[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))}
 
 
+def clip_frames(cfg, clips, before):
+    """How many frames of a clip are wanted: those of the window, or, if it is walked on from, all."""
+    return max(cfg.frames, len(clips.read(0)[0])) if before else cfg.frames
+
+
 @torch.no_grad()
-def evaluate(model, cfg, clips, device, strip=None, bidirectional=False):
+def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=0):
     """The numbers of held-out walks: of the student in a few steps, or of the real score, whole clips in 16."""
     n = min(64, len(clips))
-    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
-    truth = decode(batch.x0)
+    batch = get_batch(clips, 0, n, clip_frames(cfg, clips, before), model.cfg, cfg.seed, device)
+    path = there_and_back(batch.x0.shape[1], before + cfg.frames)
+    truth, c2w, K = decode(batch.x0[:, path]), batch.camera.c2w[:, path], batch.camera.K[:, path]
     if bidirectional:
         walk = decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1]))
         return numbers(walk, truth)
-    sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
+    sizes = torch.bincount(chunk_ids(len(path), model.cfg.chunk, model.cfg.first)).tolist()
 
     def generate(c2w):
-        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
+        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
         return decode(torch.cat(list(rollout(
             model, cameras, batch.text, schedule(cfg.student_steps, model.cfg.shift),
             noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device),
             batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True)), 1))
-    walk = generate(batch.camera.c2w)
-    last = min(7, cfg.frames - 1)
+    walk, last = generate(c2w), min(7, cfg.frames - 1)
     metrics = numbers(walk, truth)
-    metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(batch.camera.c2w.roll(-1, 0)), truth).mean(0)[last].item()
+    metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(c2w.roll(-1, 0)), truth).mean(0)[last].item()
+    if before:
+        metrics[f'psnr@{len(path) - 1}'] = psnr(walk, truth).mean(0)[-1].item()
     if strip:
-        write_strip(strip, truth[:6], walk[:6])
+        shown = torch.linspace(0, len(path) - 1, cfg.frames).round().long()
+        write_strip(strip, truth[:6, shown], walk[:6, shown])
     return metrics
 
 # -----------------------------------------------------------------------------
@@ -268,7 +293,7 @@ def main(cfg, stage):
         """Update number `update` of the run, on its own clips and noise."""
         def loss_of(i):
             first = (rank * cfg.accum + i) * micro
-            batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, model.cfg, cfg.seed, device)
+            batch = get_batch(clips, update * cfg.batch + first, micro, clip_frames(cfg, clips, cfg.before), model.cfg, cfg.seed, device)
             index = [(cfg.seed, update, j) for j in range(first, first + micro)]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return loss_fn(nets, cfg, batch, index)
@@ -305,7 +330,7 @@ def main(cfg, stage):
         if rank == 0 and ((step + 1) % cfg.eval_every == 0 or last):
             raw = {k: v.clone() for k, v in model.state_dict().items()}
             model.load_state_dict(ema)
-            metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
+            metrics = evaluate(model, cfg, held_out, device, f'{path}.png', before=cfg.before)
             model.load_state_dict(raw)
             tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
             for name in [path] * (metrics['fd'] < best) + [f'{path}.last'] * last:

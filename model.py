@@ -273,14 +273,20 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def rotary_table(pos, h, w, Dh, device):
+def rotary_table(pos, h, w, Dh, device, riflex=None):
     """Unit complex numbers (len(pos) h w, 1, Dh / 2), complex64, for frames at positions `pos` of an h x w grid.
 
-    Dh / 2 is shared by frame, row and column as in Wan, each axis with its own spectrum of base 10000.
+    Dh / 2 is shared by frame, row and column as in Wan, each axis with its own spectrum of base 10000. riflex: (frames
+    trained on, frames of the window now): the first frequency whose period exceeds the trained length is lowered so that
+    it does not repeat within the window (RIFLEx, Zhao et al. 2025, algorithm 1, with the 10 % margin of its code).
     """
     spectrum = lambda n: 10000 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
     n = 2 * (Dh // 6)
-    f = torch.tensor(pos, dtype=torch.float64)[:, None] * spectrum(Dh - 2 * n)
+    frame = spectrum(Dh - 2 * n)
+    if riflex:
+        k = int((2 * math.pi / frame > riflex[0]).nonzero()[0])
+        frame[k] = min(frame[k].item(), .9 * 2 * math.pi / riflex[1])
+    f = torch.tensor(pos, dtype=torch.float64)[:, None] * frame
     y, x = (torch.arange(s, dtype=torch.float64)[:, None] * spectrum(n) for s in (h, w))
     angle = torch.cat([f[:, None, None].expand(-1, h, w, -1), y[None, :, None].expand(len(pos), -1, w, -1),
                        x[None, None].expand(len(pos), h, -1, -1)], -1)
@@ -389,13 +395,27 @@ class DiT(nn.Module):
             self.camera_motion = nn.Linear(12, D, bias=False)
             nn.init.zeros_(self.camera_embedding.weight)
             nn.init.zeros_(self.camera_motion.weight)
-        self.tables = {}                                # rotary tables by (positions, h, w, device)
+        self.tables, self.riflex = {}, None             # rotary tables by their arguments
+
+    def embed_camera(self, camera, H, W):
+        """What the network is told of a Camera, for latents of H x W: added to the tokens (B, S, D) and to the time
+        embedding (B, F, D), float32. The same at every denoising step, so `rollout` makes it once a chunk."""
+        p, device = self.cfg.patch, camera.c2w.device
+        with torch.autocast(device.type, enabled=False):
+            rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
+            waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
+            rays = torch.cat([rays, *(w.sin() for w in waves), *(w.cos() for w in waves)], 2)
+            on = 1.0 if camera.on is None else camera.on.view(-1, 1, 1).float()
+            rays = on * rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
+            # the move since the last frame, scaled to about 1, modulates every block
+            move = 10 * (camera.step - torch.eye(4, device=device))[..., :3, :].flatten(2)
+            return F.linear(rays, self.camera_embedding.weight.float()), F.linear(move * on, self.camera_motion.weight.float())
 
     def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
         """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F).
 
-        text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames or None;
-        mask (F, keys) bool or None for all; pos: F frame positions, by default 0.. or, with a cache, cache.end..
+        text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames, what
+        embed_camera made of it, or None; mask (F, keys) bool or None for all; pos: F frame positions, by default 0.. or, with a cache, cache.end..
         """
         B, n, C, H, W = x.shape
         p = self.cfg.patch
@@ -403,8 +423,8 @@ class DiT(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         start = cache.end if cache is not None else 0
         pos = tuple(range(start, start + n)) if pos is None else tuple(pos)
-        if (key := (pos, h, w, x.device)) not in self.tables:
-            self.tables[key] = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device)
+        if (key := (pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device, self.riflex)) not in self.tables:
+            self.tables[key] = rotary_table(*key)
 
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)   # (B, S, D)
@@ -412,15 +432,8 @@ class DiT(nn.Module):
             x = x.to(dtype)
             e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
             if camera is not None and self.cfg.camera == 'plucker':
-                rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
-                waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
-                rays = torch.cat([rays, *(w.sin() for w in waves), *(w.cos() for w in waves)], 2)
-                on = 1.0 if camera.on is None else camera.on.view(-1, 1, 1).float()
-                rays = on * rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
-                x = x + F.linear(rays, self.camera_embedding.weight.float()).to(dtype)
-                # the move since the last frame, scaled to about 1, modulates every block
-                move = 10 * (camera.step - torch.eye(4, device=x.device))[..., :3, :].flatten(2)
-                e = e + F.linear(move * on, self.camera_motion.weight.float()).to(dtype)
+                place, move = self.embed_camera(camera, H, W) if isinstance(camera, Camera) else camera
+                x, e = x + place.to(dtype), e + move.to(dtype)
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
         if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
@@ -478,13 +491,13 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     exit_step  training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk. If gradient
                is enabled, that one call carries it; the cache is written from the detached x0, so none reaches the past
 
-    A chunk costs len(times) - 1 denoising calls and one clean call that writes its cache.
+    A chunk costs len(times) - 1 denoising calls before it is yielded, and one clean call after it, which writes the cache.
     """
     B = len(text)
     twice = (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
     if guidance != 1:
         text = torch.cat([text, torch.zeros_like(text)])
-    history, cache, origin = [], None, None                # history: (latents, Camera) of each chunk in the window
+    history, cache, origin, m = [], None, None, model.cfg  # history: (latents, Camera) of each chunk in the window
 
     def place(camera):                                      # as the network sees it, from here and now
         before = history[-1][1].c2w[:, -1:] if cache.end else None
@@ -501,25 +514,18 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         n = camera.K.shape[1]
         x = noise(n) if first is None or history else first
         if cache is None:
-            L = x.shape[-1] * x.shape[-2] // model.cfg.patch ** 2
-            dtype = model.patch_embedding.weight.dtype
-            cache = KVCache(model.cfg, len(text), window, L, x.device, dtype)
+            L = x.shape[-1] * x.shape[-2] // m.patch ** 2
+            cache = KVCache(m, len(text), window, L, x.device, model.patch_embedding.weight.dtype)
             origin = camera.c2w[:, 0]
-        if cache.end + n > cache.frames:                                      # full: keep the newest half
-            keep = model.cfg.first + max(0, (cache.frames + 1) // 2 - model.cfg.first) // model.cfg.chunk * model.cfg.chunk
-            if keep + n > cache.frames:
-                raise BadInput(f'a window of {cache.frames} frames is too small: use at least {keep + n}')
-            seen, cameras_seen = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
-            cameras_seen = Camera(cameras_seen.c2w[:, -keep:], cameras_seen.K[:, -keep:], cameras_seen.on)
-            history, cache.end, origin = [(seen, cameras_seen)], 0, cameras_seen.c2w[:, 0]
-            call(seen, 0.0, place(cameras_seen), mask=causal_mask(chunk_ids(keep, model.cfg.chunk, model.cfg.first)))
-            cache.end = keep
         placed = place(camera)
+        with torch.no_grad():
+            told = model.embed_camera(placed, *x.shape[-2:]) if m.camera == 'plucker' else placed
         if first is None or history:
             plan = times if history or first_times is None else first_times
             for i, (t, t_next) in enumerate(zip(plan[:-1].tolist(), plan[1:].tolist())):
                 last = i == (len(plan) - 2 if exit_step is None else exit_step)
-                v = call(x, t, placed, grad=last and exit_step is not None and torch.is_grad_enabled())
+                grad = last and exit_step is not None and torch.is_grad_enabled()
+                v = call(x, t, placed if grad else told, grad)
                 if renoise or last and exit_step is not None:
                     x = x - t * v
                     if last:
@@ -527,10 +533,23 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                     x = (1 - t_next) * x + t_next * noise(n)
                 else:
                     x = x + (t_next - t) * v
-        call(x.detach(), 0.0, placed)                                         # clean pass: write the cache
-        cache.end += n
-        history.append((x.detach(), camera))
         yield x
+        # the clean frames into the cache, in the time that is left before the next chunk is due
+        x = x.detach()
+        if cache.end + n + m.chunk <= window:
+            call(x, 0.0, told)
+            cache.end += n
+            history.append((x, camera))
+        else:                                               # no room for another chunk: the newest half, from a new origin
+            keep = m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
+            if keep + m.chunk > window:
+                raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
+            history.append((x, camera))
+            seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
+            camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
+            history, cache.end, origin = [(seen, camera)], 0, camera.c2w[:, 0]
+            call(seen, 0.0, place(camera), mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
+            cache.end = keep
 
 # -----------------------------------------------------------------------------
 # training helpers: device, optimizer, learning rate, EMA

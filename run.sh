@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The recipe as a list of commands.
 #   bash run.sh          clips -> base -> camera -> causal -> few-step -> DMD -> a walk, a strip per stage, tables, in out/
+#   bash run.sh play     walk through the shipped world in the browser
 #   bash run.sh test     the tests
 # PLANS=1 OUT=out1 bash run.sh: one plan to live in. PYTHON names another interpreter (3.10 or newer).
 set -euo pipefail
@@ -14,6 +15,9 @@ fi
 source .venv/bin/activate
 
 case "${1:-recipe}" in
+play)
+    shift
+    exec python stream.py --live True "$@" ;;
 test)
     shift
     python -m pytest -q tests "$@" ;;
@@ -26,13 +30,12 @@ recipe)
     python finetune_camera.py --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT"           ; took camera
     python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
     python distill_ode.py --data "$DATA" --init "$OUT/ar.safetensors" --out "$OUT"                 ; took few-step
-    python finetune_camera.py --data "$DATA" --init "$OUT/camera.safetensors" --steps 1200 --out "$OUT/score"    ; took "real score"
-    python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/score/camera.safetensors" --out "$OUT" ; took DMD
+    python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
     python stream.py --ckpt "$OUT/dmd.safetensors" --truth True --out "$OUT/walk.mp4"
     for stage in ar dmd; do
         python stream.py --ckpt "$OUT/$stage.safetensors" --score "$OUT/$stage.json"
     done                                                                                           ; took "walk and tables" ;;
 *)
-    echo "error: run.sh $1: say nothing, or test" >&2
+    echo "error: run.sh $1: say nothing, play or test" >&2
     exit 1 ;;
 esac

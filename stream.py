@@ -1,6 +1,7 @@
 """
 Walk through a trained world, score it, time it.
 
+    python stream.py --live True                                                 # with the keyboard, in the browser
     python stream.py --keys "w*8,wl*8"                                           # out/walk.mp4, keys drawn on it
     python stream.py --ckpt out/ar.safetensors --steps 16                        # another checkpoint, other steps
     python stream.py --ckpt out/ar.safetensors --first picture.png               # start from any picture
@@ -12,13 +13,19 @@ Walk through a trained world, score it, time it.
     a d  left, right          i k  look up, down           for 8 frames; "*4" stands still for 4
 """
 import argparse
+import collections
+import glob
 import json
+import logging
 import math
 import os
 import resource
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import dataclass, fields
+import webbrowser
+from dataclasses import dataclass, fields, replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -26,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from camera import (BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
+from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
                     rays, relative)
-from data import (ARENA, Clips, Lowpoly, decode, encode, frechet, lowpoly_clips, motion, noise_for, psnr, sharpness,
-                  write_strip)
+from data import (ARENA, Clips, Lowpoly, decode, encode, frechet, free, lowpoly_clips, make_plan, motion, noise_for, psnr,
+                  sharpness, write_strip)
 from data import Config as DataConfig
 from model import chunk_ids, embed_text, load_model, pick_device, rollout, schedule
 
@@ -45,15 +52,21 @@ class Config:
     prompt: str = ''              # empty: the clip's own caption
     out: str = 'out/walk.mp4'     # .mp4 or .gif
     truth: bool = False           # lowpoly: the exact render beside the dream
-    fps: int = 8
+    fps: int = 0                  # 0: 8 to a file, 25 live
     # sampling
     steps: int = 0                # steps a chunk; 0: 16 of Euler, or 4 for a distilled model
     guidance: float = 1.0         # 1: none
     window: int = 0               # frames the cache holds; 0: as trained
+    riflex: bool = False          # for a window longer than that
     seed: int = 0
-    # instead of a walk
+    # instead of a walk to a file
+    live: bool = False            # in the browser
+    host: str = '127.0.0.1'
+    port: int = 8000              # 0: any that is free
+    browser: bool = True          # open the page
     score: str = ''               # file for the scores
-    frames: int = 0               # frames of a scored path; 0: as trained
+    frames: int = 0               # frames of a scored path (0: as trained), or of the timing (0: 2,100)
+    paths: int = 64               # scored paths
     bench: str = ''               # file for the timings
     data: str = 'data/doom'       # doom: folder with the held-out clips (lowpoly's are rendered anew)
     device: str = 'auto'
@@ -65,8 +78,8 @@ class Config:
 def held_out(cfg, header, indices):
     """Held-out clips as data.py makes them: (dict of tensors with leading dim n, captions)."""
     recipe = header['data']['recipe']
-    if recipe['world'] == 'lowpoly':
-        return lowpoly_clips(DataConfig(**recipe), 1, indices)
+    if recipe['world'] == 'lowpoly':                                          # the same paths, however long they go on
+        return lowpoly_clips(DataConfig(**recipe | {'frames': max(recipe['frames'], cfg.frames)}), 1, indices)
     clips = Clips(cfg.data, 'val')
     keys = ('frames', 'c2w', 'K')
     rows = [clips.read(i % len(clips), keys) for i in indices]
@@ -273,9 +286,9 @@ def seen_mask(depth, c2w, K):
 
 
 def score(model, cfg, header, device, find_poses=True):
-    """Walk 64 held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
+    """Walk held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
     recipe = header['data']['recipe']
-    n = min(64, recipe['val_clips'])
+    n = min(cfg.paths, recipe['val_clips'])
     world, captions = held_out(cfg, header, range(n))
     length = min(cfg.frames or header['frames'], world['c2w'].shape[1])
     truth, c2w, K = world['frames'][:, :length].float() / 255, world['c2w'][:, :length], world['K']
@@ -308,7 +321,7 @@ def score(model, cfg, header, device, find_poses=True):
             mse = (error * mask).mean((2, 3)) / share.clamp(min=1e-6)
             value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
             out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
-    if recipe['world'] == 'lowpoly' and find_poses:
+    if recipe['world'] == 'lowpoly' and find_poses and length <= 17:          # further, the search grows too wide
         found = locate(lowpoly, torch.cat([x[:, 1:] for x in (truth, ceiling, dream)], 1),
                        torch.arange(1, length).repeat(3), c2w[:, 0], K)
         rot, trans = (x.view(n, 3, -1) for x in pose_error(found, c2w[:, 1:].repeat(1, 3, 1, 1)))
@@ -317,17 +330,244 @@ def score(model, cfg, header, device, find_poses=True):
         out |= dict(rot_err_deg=median(rot[:, 2]), trans_err_m=median(trans[:, 2]), rot_err_deg_ceiling=median(rot[:, 1]),
                     trans_err_m_ceiling=median(trans[:, 1]), n_dropped=int(lost.sum()), n_views=lost.numel())
     if cfg.score:
-        write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6], dream[:6])
+        shown = np.unique(np.linspace(0, length - 1, min(length, 17)).round().astype(int))
+        write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6, shown], dream[:6, shown])
     return out | dict(n_paths=n, steps=cfg.steps, guidance=cfg.guidance, world=recipe['world'], plans=recipe['plans'],
                       ckpt=cfg.ckpt, seed=cfg.seed)
 
 # -----------------------------------------------------------------------------
+# live: a browser steers. One thread dreams; the server's threads hear the keys and send the newest picture
+
+class Held:
+    """Time-stamped edges of keys -> the seconds for which each key moves the next frame. The frame looks one period
+    ahead, so that the first frame after a key already shows a whole frame's motion."""
+
+    def __init__(self):
+        self.since, self.owed, self.stamp = {}, {}, None
+
+    def edge(self, key, down, now, stamp=None):
+        """A key went down or up. stamp: the page's own clock, given back with the first frame that shows it."""
+        if down:
+            self.since.setdefault(key, now)
+        elif key in self.since:
+            self.owed[key] = self.owed.get(key, 0) + max(0, now - self.since.pop(key))
+        self.stamp = stamp if self.stamp is None else self.stamp
+
+    def take(self, now, period):
+        """({key: seconds}, stamp) for what is made now and shown for `period` seconds."""
+        for key, since in self.since.items():
+            self.owed[key] = self.owed.get(key, 0) + max(0, now + period - since)
+            self.since[key] = now + period
+        taken, self.owed, self.stamp = (self.owed, self.stamp), {}, None
+        return taken
+
+
+class Live:
+    """One walk, steered from one tab: the newest. `dream` runs in the main thread, `tab` in the server's."""
+    METRES, DEGREES, LONGEST = 2.0, 75.0, .125      # a second; no frame moves further than in training: 0.25 m, 10 degrees
+
+    def __init__(self, cfg, device, dtype):
+        self.cfg, self.device, self.dtype = cfg, device, dtype
+        name = lambda path: os.path.basename(path).removesuffix('.safetensors')
+        found = [cfg.ckpt] + sorted(glob.glob(os.path.join(os.path.dirname(cfg.ckpt), '*.safetensors')))
+        self.ckpts = {name(p): p for p in found if '.resume.' not in p}
+        self.change = threading.Condition()         # guards all that follows
+        self.held, self.owner = Held(), None
+        self.paused, self.truth, self.tape = False, False, collections.deque(maxlen=180 * cfg.fps)
+        self.wish = dict(ckpt=name(cfg.ckpt), steps=cfg.steps, prompt=cfg.prompt, clip=cfg.clip, start=cfg.first)
+        self.newest, self.count = b'', 0
+
+    def publish(self, pictures=b'', **header):
+        with self.change:
+            self.newest, self.count = json.dumps(header).encode() + b'\n' + pictures, self.count + 1
+            self.change.notify_all()
+
+    def cameras(self, m, K, plan, path):
+        """Waits until a chunk is due, then moves the camera by what the keys did meanwhile. With nobody there, paused, or
+        no key held the world stands still and costs nothing. Ends when the page wishes for something else."""
+        due, n = 0., m.first
+        while True:
+            with self.change:
+                while path and not self.wish:
+                    still = self.owner is None or self.paused or not (self.held.since or self.held.owed)
+                    rest = due - time.perf_counter()
+                    if not still and rest <= 0:
+                        break
+                    self.change.wait(1 if still else rest)
+                if path and self.wish:
+                    return
+                now = time.perf_counter()
+                seconds, stamp = self.held.take(now, n / self.cfg.fps) if path else ({}, None)
+            due = max(due, now) + n / self.cfg.fps
+            for _ in range(n):
+                for key, s in seconds.items():
+                    s = min(s / n, self.LONGEST)
+                    new = move(*self.state, key, self.METRES * s, self.DEGREES * s)
+                    if plan is None or free(plan, new[0][0], new[0][2]):                # walls stop a walker
+                        self.metres, self.state = self.metres + math.dist(new[0], self.state[0]), new
+                path.append((make_pose(*(torch.tensor(x, dtype=torch.float32) for x in self.state)), ''.join(seconds), stamp, now))
+            yield Camera(torch.stack([p for p, *_ in path[-n:]])[None].to(self.device), K[:, None].expand(-1, n, -1).to(self.device))
+            n = m.chunk
+
+    def dream(self):
+        """Walk after walk. Each lasts until the page wishes for something else, and goes on from the picture that is
+        there unless it wishes for another start."""
+        asked, model, z = {}, None, None
+        while True:
+            with self.change:
+                wish, self.wish = self.wish, {}
+            if 'ckpt' in wish:
+                try:
+                    model, header = load_model(self.ckpts[wish['ckpt']], self.device)
+                except (BadInput, OSError) as e:
+                    if model is None:
+                        raise
+                    self.publish(error=str(e))
+                    del wish['ckpt']
+                model, m, recipe = model.to(self.dtype).eval(), model.cfg, header['data']['recipe']
+                H, W, lowpoly = recipe['height'], recipe['width'], recipe['world'] == 'lowpoly'
+            asked |= wish
+            if z is None or 'start' in wish:
+                world, captions = held_out(self.cfg, header, [asked['clip']])
+                picture = load_picture(self.cfg.first, H, W) if asked['start'] == 'picture' else world['frames'][:, 0]
+                z = None if asked['start'] == 'prompt' else encode(picture)[:, None].to(self.device)
+                c2w = world['c2w'][0, 0].tolist()
+                self.state = ([c2w[i][3] for i in range(3)], math.degrees(math.atan2(c2w[0][2], c2w[2][2])), -math.degrees(math.asin(c2w[1][2])))
+                self.metres, frame, plan = 0., 0, make_plan(int(world['plan'])) if lowpoly else None
+                exact = Lowpoly(world['plan'].tolist(), world['palette'].tolist()) if lowpoly else None
+            cfg = replace(self.cfg, steps=asked['steps'] or (4 if header['stage'] in DISTILLED else 16))
+            path, text = [], embed_text([asked['prompt'] or captions[0]], m.text_len, m.text_dim).to(self.device)
+            noise = noise_for([(cfg.seed, frame)], (m.in_dim, H // 8, W // 8), self.device)
+            for z in rollout(model, self.cameras(m, world['K'], plan, path), text, noise=noise, first=z, **sampler(cfg, header, m.shift)):
+                pictures = (decode(z[0]) * 255).round().byte().cpu().numpy()
+                new, frame = path[-len(pictures):], frame + len(pictures)
+                self.tape.extend((p, keys) for p, (_, keys, _, _) in zip(pictures, new))
+                if self.truth and lowpoly:
+                    c2w = torch.stack([p for p, *_ in new])[None]
+                    truth = exact.render(c2w, world['K'][:, None].expand(-1, len(new), -1), H, W)[0][0]
+                    pictures = np.concatenate([pictures, (truth * 255).round().byte().numpy()], 2)
+                self.publish(pictures.tobytes(), n=len(pictures), h=H, w=pictures.shape[2], frame=frame - 1, stamp=new[0][2],
+                             ms=(time.perf_counter() - new[0][3]) * 1e3, metres=self.metres, steps=cfg.steps, ckpt=asked['ckpt'], clip=asked['clip'],
+                             prompt=asked['prompt'] or captions[0])
+                del path[:-1]
+            z = z[:, -m.first:]
+
+    def hear(self, message):
+        """What the page says. Anything that is not of these forms raises ValueError, KeyError or TypeError."""
+        with self.change:
+            match message:
+                case {'key': str(key), 'down': bool(down), 't': int() | float() as t} if key in KEYS and len(key) == 1:
+                    self.held.edge(key, down, time.perf_counter(), t)
+                case {'pause': bool(on)}:
+                    self.paused = on
+                case {'truth': bool(on)}:
+                    self.truth = on
+                case {'steps': 1 | 2 | 4 | 16 as steps}:
+                    self.wish['steps'] = steps
+                case {'ckpt': str(name)} if name in self.ckpts:
+                    self.wish['ckpt'] = name
+                case {'prompt': str(prompt)} if len(prompt) < 500:
+                    self.wish['prompt'] = prompt
+                case {'start': 'world' | 'prompt' as start, 'clip': int(clip)} if 0 <= clip < 2 ** 31:
+                    self.wish |= {'start': start, 'clip': clip}
+                case _:
+                    raise ValueError(f'not understood: {message}')
+            self.change.notify_all()
+
+    def tab(self, ws):
+        """One tab from open to close. It takes the walk over from the tab before."""
+        from websockets.exceptions import ConnectionClosed
+
+        def send():
+            sent = 0
+            while True:
+                with self.change:                   # a slow tab is held up in send, and then gets the newest picture only
+                    self.change.wait_for(lambda: self.owner is not ws or self.count > sent)
+                    if self.owner is not ws:
+                        return ws.close(4000, 'the walk goes on in another tab')
+                    sent, newest = self.count, self.newest
+                try:
+                    ws.send(newest)
+                except ConnectionClosed:
+                    return
+        with self.change:
+            self.owner, self.held = ws, Held()
+            self.change.notify_all()
+        sender = threading.Thread(target=send, daemon=True)
+        try:
+            ws.send(json.dumps(dict(ckpts=list(self.ckpts), fps=self.cfg.fps, keys=KEYS[:-2])))
+            sender.start()
+            for text in ws:
+                message = json.loads(text)
+                if message == {'save': True}:
+                    ws.send(b'{"mp4":true}\n' + self.film())
+                else:
+                    self.hear(message)
+        except (ValueError, TypeError, RecursionError) as e:
+            ws.close(1003, str(e)[:100])
+        except ConnectionClosed:
+            pass
+        finally:
+            with self.change:
+                if self.owner is ws:
+                    self.owner, self.held = None, Held()
+                self.change.notify_all()
+
+    def film(self):
+        """The last three minutes of the walk as mp4 bytes, with the keys drawn."""
+        with self.change:
+            tape = list(self.tape)
+        with tempfile.TemporaryDirectory() as folder:
+            write_video(f'{folder}/walk.mp4', [draw(p, keys, max(1, 384 // len(p))) for p, keys in tape], self.cfg.fps)
+            with open(f'{folder}/walk.mp4', 'rb') as f:
+                return f.read()
+
+
+def live(cfg, device, dtype):
+    """Serve the page and the walk at http://127.0.0.1:8000 until Ctrl-C. Nothing in a request names a file; only pages that
+    this server gave out may steer (Origin), and only under its own name (Host: no DNS rebinding)."""
+    try:
+        from websockets.sync.server import serve
+    except ImportError:
+        raise BadInput('--live needs a web server: pip install websockets') from None
+    walk = Live(cfg, device, dtype)
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'stream.html')) as f:
+        page = f.read()
+
+    def answer(ws, request):
+        host, origin = request.headers.get('Host', ''), request.headers.get('Origin')
+        if local and host.rpartition(':')[0] not in ('127.0.0.1', 'localhost') or origin not in (None, f'http://{host}'):
+            return ws.respond(403, 'this walk is steered from its own page only')
+        if request.path == '/walk' and origin:
+            return None                                                       # a WebSocket: go on to `tab`
+        response = ws.respond(*((200, page) if request.path == '/' else (404, 'nothing here; the page is at /')))
+        if request.path == '/':
+            del response.headers['Content-Type']
+            response.headers['Content-Type'] = 'text/html; charset=utf-8'
+        return response
+    quiet, local = logging.getLogger('stream'), cfg.host in ('127.0.0.1', 'localhost')
+    quiet.setLevel(logging.CRITICAL)
+    if not local:
+        print(f'warning: whoever can reach {cfg.host} can steer this walk')
+    with serve(walk.tab, cfg.host, cfg.port, process_request=answer, compression=None, max_size=2048, logger=quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://{cfg.host}:{server.socket.getsockname()[1]}/'
+        print(f'{url}  (Ctrl-C ends the walk)', flush=True)
+        if cfg.browser and (sys.platform != 'linux' or 'DISPLAY' in os.environ or 'WAYLAND_DISPLAY' in os.environ):
+            webbrowser.open(url)
+        try:
+            with torch.no_grad():
+                walk.dream()
+        except KeyboardInterrupt:
+            print()
+
+# -----------------------------------------------------------------------------
 # timing
 
-def bench(model, cfg, header, device, frames=2100):
+def bench(model, cfg, header, device):
     """Random keys, unpaced, one path; the first 20 frames are left out. Latency: key received to frame bytes."""
     recipe, m = header['data']['recipe'], model.cfg
-    H, W = recipe['height'], recipe['width']
+    H, W, frames = recipe['height'], recipe['width'], cfg.frames or 2100
     rng, stamps, decoder = np.random.default_rng(cfg.seed), [], []
     began = time.perf_counter()
     world, captions = held_out(cfg, header, [cfg.clip])
@@ -371,7 +611,7 @@ def bench(model, cfg, header, device, frames=2100):
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
     return dict(fps=1 / per_frame, fps_denoiser=1 / (per_frame - decoder[warm:].mean() / m.chunk),
                 latency_ms_p50=float(np.percentile(latency[warm:], 50)), latency_ms_p95=float(np.percentile(latency[warm:], 95)),
-                latency_growth=near(2000) / near(100), first_frame_s=float(done[1] - began), peak_mb=peak,
+                latency_growth=near(len(done) * m.chunk - 100) / near(100), first_frame_s=float(done[1] - began), peak_mb=peak,
                 floor_ratio=per_frame / floor, device=f'{device}, {torch.get_num_threads()} threads',
                 dtype=str(a.dtype), height=H, width=W, steps=cfg.steps, chunk=m.chunk)
 
@@ -383,6 +623,11 @@ def main(cfg):
         raise BadInput(f'--steps {cfg.steps}: at least 1, or 0 for the usual')
     model, header = load_model(cfg.ckpt, device)
     model = model.to(dtype).eval()
+    cfg.fps = cfg.fps or (25 if cfg.live else 8)
+    if cfg.live:
+        return live(cfg, device, dtype)
+    if cfg.riflex:
+        model.riflex = header['frames'], cfg.window or header['frames']
     cfg.steps = cfg.steps or (4 if header['stage'] in DISTILLED else 16)
     for name, work in (('score', score), ('bench', bench)):
         if path := getattr(cfg, name):

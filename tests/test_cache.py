@@ -65,7 +65,7 @@ def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
     done = 0
     for i, (x, t, end, v) in enumerate(calls):
         if t.max() == 0:
-            done += x.shape[1] if i not in encoded else 0
+            done += chunk if i in encoded else x.shape[1]
             continue
         lo = done - end                                       # the window's first frame, in the whole walk
         seen, n = slice(lo, done + x.shape[1]), x.shape[1]

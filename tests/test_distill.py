@@ -218,6 +218,27 @@ def test_three_networks_share_nothing_and_only_the_right_one_learns(nets, mode):
     assert [learns(n) for n in ('generator', 'real', 'fake')] == [False, False, True]
 
 
+def test_a_longer_walk_goes_there_and_back_and_only_its_window_learns(nets):
+    """--before: the scores see the last frames of a walk that runs to the end of the clip's path, and back."""
+    nets, cfg = nets
+    assert distill_dmd.there_and_back(5, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
+    assert distill_dmd.there_and_back(5, 5).tolist() == [0, 1, 2, 3, 4] and distill_dmd.there_and_back(1, 3).tolist() == [0, 0, 0]
+    cfg.before, calls, data, befores = 9, [], batch(), set()
+    model, forward = nets['generator'], nets['generator'].forward
+    model.forward = lambda x, t, *args, **kw: calls.append((torch.is_grad_enabled(), x.shape[1])) or forward(x, t, *args, **kw)
+    for update in range(8):
+        index = [(0, update, j) for j in range(B)]
+        calls.clear()
+        x, given, seen = distill_dmd.walk(model, cfg, data, index)
+        befores.add(len(calls))
+        assert x.shape == data.x0.shape and x.requires_grad and sum(grad for grad, _ in calls) == F - given and seen.eps.shape == data.eps.shape
+        assert torch.allclose(seen.camera.c2w[:, 0], torch.eye(4), atol=1e-6)
+        with torch.no_grad():
+            again = distill_dmd.walk(model, cfg, data, index)
+        assert torch.allclose(again[0], x, atol=1e-5) and torch.equal(again[2].x0, seen.x0) and given == (torch.equal(x[:, 0], data.x0[:, 0]))
+    assert len(befores) > 2
+
+
 @pytest.mark.parametrize('p_first', [1., 0.])
 def test_both_scores_are_told_the_time_that_noised_their_input(nets, p_first):
     """minWM's 8B line gives a table index instead. Frame 0, when given, is clean and at t = 0."""
