@@ -46,12 +46,12 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a rollout
-    steps: int = 50               # generator updates
+    steps: int = 80               # generator updates
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches an update, on each process
     critic: int = 4               # updates of the fake score for one of the generator
     # optimizer
-    lr: float = 5e-5
+    lr: float = 1e-4
     critic_lr: float = 1e-3
     warmup: int = 10              # steps
     decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0
@@ -61,7 +61,8 @@ class Config:
     student_steps: int = 4        # steps of a rollout's schedule
     guidance: float = 1.0         # of the real score, over a dropped camera (1: none)
     p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
-    before: int = 0               # up to so many frames are walked before those that the scores see
+    context: float = 0.2          # noise level of a walk's own history
+    before: int = 24              # up to so many frames are walked before those that the scores see
     rollout: str = 'self'         # self | teacher: upon the true history, for comparison
     # run
     seed: int = 0
@@ -69,7 +70,7 @@ class Config:
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     log_every: int = 10           # steps between log lines
     save_every: int = 50          # steps between resume checkpoints
-    eval_every: int = 25          # steps between evaluations, which choose the best
+    eval_every: int = 20          # steps between evaluations, which choose the best
 
 # -----------------------------------------------------------------------------
 # the lesson: distribution matching on self-rollouts (DMD: Yin et al. 2024, eq. 7; Self Forcing, algorithm 1)
@@ -97,7 +98,7 @@ def walk(model, cfg, batch, index):
         sizes, frames = torch.bincount(chunk_ids(before + n, m.chunk, m.first)).tolist(), []
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
         chunks = rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None, window=n,
-                         renoise=True, exit_step=exit_step)
+                         renoise=True, exit_step=exit_step, context=cfg.context)
         for size in sizes:
             with torch.set_grad_enabled(grad and sum(x.shape[1] for x in frames) >= before):
                 frames.append(next(chunks))
@@ -190,7 +191,7 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
         return decode(torch.cat(list(rollout(
             model, cameras, batch.text, schedule(cfg.student_steps, model.cfg.shift),
             noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device),
-            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True)), 1))
+            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True, context=cfg.context)), 1))
     walk, last = generate(c2w), min(7, cfg.frames - 1)
     metrics = numbers(walk, truth)
     metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(c2w.roll(-1, 0)), truth).mean(0)[last].item()
@@ -335,7 +336,7 @@ def main(cfg, stage):
             tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
             for name in [path] * (metrics['fd'] < best) + [f'{path}.last'] * last:
                 save_model(f'{name}.safetensors', ema, model.cfg, stage=stage, step=step + 1, seed=cfg.seed, metrics=metrics,
-                           frames=cfg.frames, data=held_out.manifest, command=' '.join(sys.argv))
+                           frames=cfg.frames, context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))
             best = min(best, metrics['fd'])
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or last):
             save_resume(f'{path}.resume.safetensors', both, ema, optimizers, step + 1, config)

@@ -472,7 +472,7 @@ def teacher_forced(net, cfg, batch, x_t, t):
 # walking: the only chunk-by-chunk loop
 
 def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window=64, renoise=False, exit_step=None,
-            first_times=None):
+            first_times=None, context=0.0):
     """Generate a video chunk by chunk with a KV cache: yields clean chunks (B, n, C, H, W) for ever.
 
     cameras    iterator of Camera, one per chunk (its frame count is the chunk's); poses in any world frame. It is
@@ -485,6 +485,8 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     guidance   s in v = v_null + s (v_cond - v_null); the null branch has the empty prompt and shares the batch
     window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
                origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale
+
+    context    noise level at which generated frames enter the cache, as stage 1 trains for: it hides their faults
 
     renoise    False: Euler steps along the probability-flow ODE. True, for few-step models: predict x0, add fresh noise
                of the next time (the sampler of consistency models; an Euler step would keep the old noise)
@@ -503,6 +505,9 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         before = history[-1][1].c2w[:, -1:] if cache.end else None
         camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before))
         return Camera.cat([camera, camera], 0) if guidance != 1 else camera
+
+    def remember(x, camera, level, **kw):
+        call(x if level == 0 else (1 - level) * x + level * noise(x.shape[1]), level, camera, **kw)
 
     def call(x, t, camera, grad=False, **kw):
         t = torch.full((len(text), x.shape[1]), t, device=x.device)
@@ -537,7 +542,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         # the clean frames into the cache, in the time that is left before the next chunk is due
         x = x.detach()
         if cache.end + n + m.chunk <= window:
-            call(x, 0.0, told)
+            remember(x, told, context if first is None or history else 0.0)
             cache.end += n
             history.append((x, camera))
         else:                                               # no room for another chunk: the newest half, from a new origin
@@ -548,7 +553,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
             camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
             history, cache.end, origin = [(seen, camera)], 0, camera.c2w[:, 0]
-            call(seen, 0.0, place(camera), mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
+            remember(seen, place(camera), context, mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
             cache.end = keep
 
 # -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Walk through a trained world, score it, time it.
     python stream.py --ckpt out/ar.safetensors --first picture.png               # start from any picture
     python stream.py --ckpt out/ar.safetensors --first prompt --prompt "day sky green floor red and blue walls"
     python stream.py --ckpt out/ar.safetensors --score out/score.json            # 64 held-out paths against the truth
+    python stream.py --score out/long.json --frames 1000 --paths 8               # drift; --first prompt: text to world
     python stream.py --ckpt out/ar.safetensors --bench out/bench.json            # frames a second, latency, memory
 
     w s  forward, back        j l  look left, right        a key is 0.25 m or 10 degrees; "wl*8" holds w and l
@@ -57,6 +58,7 @@ class Config:
     steps: int = 0                # steps a chunk; 0: 16 of Euler, or 4 for a distilled model
     guidance: float = 1.0         # 1: none
     window: int = 0               # frames the cache holds; 0: as trained
+    context: float = -1.0         # noise level of the walk's own history; -1: as distilled
     riflex: bool = False          # for a window longer than that
     seed: int = 0
     # instead of a walk to a file
@@ -125,7 +127,8 @@ DISTILLED = 'ode', 'ode-bidirectional', 'cd', 'dmd'
 def sampler(cfg, header, shift):
     """How `rollout` samples this checkpoint: Euler steps, or, after distillation, a few jumps with fresh noise between."""
     return dict(times=schedule(cfg.steps, shift), first_times=schedule(max(4, cfg.steps), shift), guidance=cfg.guidance,
-                renoise=header['stage'] in DISTILLED, window=cfg.window or header['frames'])
+                renoise=header['stage'] in DISTILLED, window=cfg.window or header['frames'],
+                context=cfg.context if cfg.context >= 0 else header.get('context', 0.0))
 
 
 def walk(model, cfg, header, c2w, K, captions, first, noise):
@@ -293,12 +296,12 @@ def score(model, cfg, header, device, find_poses=True):
     length = min(cfg.frames or header['frames'], world['c2w'].shape[1])
     truth, c2w, K = world['frames'][:, :length].float() / 255, world['c2w'][:, :length], world['K']
     z = encode(truth)
-    ceiling = decode(z)
+    ceiling, first = decode(z), None if cfg.first == 'prompt' else z[:, :1].to(device)
 
     def generate(poses):
         noise = noise_for([cfg.seed * 1000 + i for i in range(n)], z.shape[2:], device)
         return torch.cat(list(walk(model, cfg, header, relative(poses).to(device), K.to(device), captions,
-                                   z[:, :1].to(device), noise)), 1).cpu()
+                                   first, noise)), 1).cpu()
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
     p = psnr(dream, truth)
     ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
@@ -311,7 +314,9 @@ def score(model, cfg, header, device, find_poses=True):
                fd=frechet(dream[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_ceiling=frechet(ceiling[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_features='4x4 means of RGB, luma gradient energy and its root')
-    if recipe['world'] == 'lowpoly':
+    if first is None:                                                         # another world: only its kind can be compared
+        out = {k: v for k, v in out.items() if not k.startswith(('psnr', 'drift'))}
+    elif recipe['world'] == 'lowpoly':
         lowpoly = Lowpoly(world['plan'].tolist(), world['palette'].tolist())
         views = K[:, None].expand(-1, length, -1)
         seen = seen_mask(lowpoly.render(c2w, views, *truth.shape[2:4], edges=0)[1], c2w, K)
@@ -321,7 +326,7 @@ def score(model, cfg, header, device, find_poses=True):
             mse = (error * mask).mean((2, 3)) / share.clamp(min=1e-6)
             value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
             out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
-    if recipe['world'] == 'lowpoly' and find_poses and length <= 17:          # further, the search grows too wide
+    if recipe['world'] == 'lowpoly' and find_poses and first is not None and length <= 17:   # further, the search is too wide
         found = locate(lowpoly, torch.cat([x[:, 1:] for x in (truth, ceiling, dream)], 1),
                        torch.arange(1, length).repeat(3), c2w[:, 0], K)
         rot, trans = (x.view(n, 3, -1) for x in pose_error(found, c2w[:, 1:].repeat(1, 3, 1, 1)))

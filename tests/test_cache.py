@@ -7,7 +7,7 @@ from model import chunk_ids, rollout, schedule, teacher_forcing_mask
 from test_model import tiny_model
 
 
-def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None):
+def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None, **kw):
     """Roll out `frames` frames, camera and text on; record every network call in `calls` as (x, t, cache.end, v)."""
     g = torch.Generator().manual_seed(1)
     c2w = keys_to_poses('w*2,wl*3,di*2,j*30')[:frames].expand(2, -1, 4, 4)
@@ -18,8 +18,8 @@ def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None):
     noise = lambda n: torch.randn(2, n, 16, H, W, generator=g)
     if calls is not None:
         hook = model.register_forward_hook(
-            lambda m, args, kw, v: calls.append((args[0], args[1], kw['cache'].end, v)), with_kwargs=True)
-    out = list(rollout(model, cameras, text, schedule(3, 2.0), noise, first, guidance, window))
+            lambda m, args, kw_, v: calls.append((args[0], args[1], kw_['cache'].end, v)), with_kwargs=True)
+    out = list(rollout(model, cameras, text, schedule(3, 2.0), noise, first, guidance, window, **kw))
     if calls is not None:
         hook.remove()
     return torch.cat(out, 1), Camera(c2w, K), text
@@ -84,6 +84,16 @@ def test_a_long_walk_never_leaves_the_window():
     x0, _, _ = walk(model, 37, 2, 2, torch.randn(2, 1, 16, 2, 2), window=5)
     assert x0.shape[1] == 37 and torch.isfinite(x0).all()
     torch.testing.assert_close(x0[:, :5], walk(model, 37, 2, 2, x0[:, :1], window=40)[0][:, :5], rtol=0, atol=1e-5)
+
+
+def test_generated_history_is_noised_and_says_so():
+    model, calls = tiny_model(), []
+    x0, _, _ = walk(model, 9, 4, 4, torch.randn(2, 1, 16, 4, 4), window=5, calls=calls, context=.25)
+    clean = [(x, t, end) for x, t, end, _ in calls if t.max() in (0, .25)]
+    assert clean[0][1].max() == 0 and torch.equal(clean[0][0], x0[:, :1])                 # the given frame is what it is
+    assert len(clean) == 9 and all((t == .25).all() for _, t, _ in clean[1:])
+    eps = torch.cat([(x[:, -1:] - .75 * x0[:, i + 1:i + 2]) / .25 for i, (x, _, _) in enumerate(clean[1:])], 1)
+    assert abs(eps.mean()) < .06 and abs(eps.std() - 1) < .06
 
 
 def test_guidance_is_the_standard_combination():
