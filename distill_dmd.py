@@ -192,7 +192,7 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
             model, cameras, batch.text, schedule(cfg.student_steps, model.cfg.shift),
             noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device),
             batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True, context=cfg.context)), 1))
-    walk, last = generate(c2w), min(7, cfg.frames - 1)
+    walk, last = generate(c2w), min(7, len(path) - 1)
     metrics = numbers(walk, truth)
     metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(c2w.roll(-1, 0)), truth).mean(0)[last].item()
     if before:

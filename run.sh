@@ -17,7 +17,7 @@ source .venv/bin/activate
 case "${1:-recipe}" in
 play)
     shift
-    exec python stream.py --live True "$@" ;;
+    exec python stream.py --live True --ckpt checkpoints/home.safetensors "$@" ;;
 test)
     shift
     python -m pytest -q tests "$@" ;;

@@ -1,7 +1,7 @@
 """
 The README's speed table, written by one command between its two marks:
 
-    python tests/speed_card.py checkpoints/ar.safetensors:48,16 checkpoints/dmd.safetensors:4,2,1
+    python tests/speed_card.py checkpoints/ar.safetensors:48,16 checkpoints/home.safetensors:4,2,1
 
 Each row is `stream.py --bench` in a process of its own. Then the same frames by a naive loop over the same weights (no
 cache of the prompt, a key-value cache that is concatenated anew, tables and camera made at every call), and with one
@@ -96,7 +96,8 @@ if __name__ == '__main__':
         path, steps_ = argument.split(':')
         for n in steps_.split(','):
             with tempfile.TemporaryDirectory() as folder:
-                subprocess.run([sys.executable, f'{ROOT}/stream.py', '--ckpt', path, '--steps', n, '--bench', f'{folder}/bench.json'],
+                subprocess.run([sys.executable, f'{ROOT}/stream.py', '--ckpt', path, '--steps', n, '--frames', '2100' if int(n) <= 4 else '300',
+                                '--bench', f'{folder}/bench.json'],
                                check=True, stdout=subprocess.DEVNULL)
                 with open(f'{folder}/bench.json') as f:
                     b = json.load(f)
