@@ -410,14 +410,16 @@ class Batch:
     more: tuple = ()              # further tensors of the clips, if Clips was told their keys
 
 
-def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu'):
+def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=False):
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
-    split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same."""
+    split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same. whole: all
+    frames of the clips, if they have more."""
     rows, train = [], clips.split == 'train'
     for j in range(first, first + count):
         r = np.random.default_rng([seed, 10 + train, j])
         i = int(r.integers(len(clips))) if train else j % len(clips)                        # held out: in order
         z, c2w, K, *more = clips.read(i)
+        frames = max(frames, len(z)) if whole else frames
         if len(z) < frames:
             raise BadInput(f'the clips have {len(z)} frames, {frames} are asked for: use fewer --frames or longer clips')
         a = int(r.integers(len(z) - frames + 1)) if train else 0

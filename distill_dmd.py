@@ -169,16 +169,11 @@ def numbers(walk, truth):
             'fd': frechet(walk[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))}
 
 
-def clip_frames(cfg, clips, before):
-    """How many frames of a clip are wanted: those of the window, or, if it is walked on from, all."""
-    return max(cfg.frames, len(clips.read(0)[0])) if before else cfg.frames
-
-
 @torch.no_grad()
 def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=0):
     """The numbers of held-out walks: of the student in a few steps, or of the real score, whole clips in 16."""
     n = min(64, len(clips))
-    batch = get_batch(clips, 0, n, clip_frames(cfg, clips, before), model.cfg, cfg.seed, device)
+    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device, whole=before > 0)
     path = there_and_back(batch.x0.shape[1], before + cfg.frames)
     truth, c2w, K = decode(batch.x0[:, path]), batch.camera.c2w[:, path], batch.camera.K[:, path]
     if bidirectional:
@@ -294,7 +289,7 @@ def main(cfg, stage):
         """Update number `update` of the run, on its own clips and noise."""
         def loss_of(i):
             first = (rank * cfg.accum + i) * micro
-            batch = get_batch(clips, update * cfg.batch + first, micro, clip_frames(cfg, clips, cfg.before), model.cfg, cfg.seed, device)
+            batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, model.cfg, cfg.seed, device, whole=cfg.before > 0)
             index = [(cfg.seed, update, j) for j in range(first, first + micro)]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return loss_fn(nets, cfg, batch, index)

@@ -449,15 +449,11 @@ class DiT(nn.Module):
 @torch.no_grad()
 def sample_clip(model, noise, text, camera, times, first=None):
     """Euler along the probability-flow ODE from noise (B, F, C, H, W); `first` (B, 1, C, H, W), if given, is frame 0."""
-    x, t = noise.clone(), torch.ones(noise.shape[:2], device=noise.device)
+    x, free = noise.clone(), torch.ones(noise.shape[:2], device=noise.device)
     if first is not None:
-        x[:, :1] = first
+        x[:, :1], free[:, :1] = first, 0
     for now, then in zip(times[:-1].tolist(), times[1:].tolist()):
-        step = t * (then - now)
-        step[:, :1] = 0 if first is not None else step[:, :1]
-        time = t * now
-        time[:, :1] = 0 if first is not None else time[:, :1]
-        x = x + step[..., None, None, None] * model(x, time, text, camera)
+        x = x + (then - now) * free[..., None, None, None] * model(x, free * now, text, camera)
     return x
 
 

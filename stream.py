@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import resource
 import sys
 import tempfile
@@ -81,7 +82,8 @@ def held_out(cfg, header, indices):
     """Held-out clips as data.py makes them: (dict of tensors with leading dim n, captions)."""
     recipe = header['data']['recipe']
     if recipe['world'] == 'lowpoly':                                          # the same paths, however long they go on
-        return lowpoly_clips(DataConfig(**recipe | {'frames': max(recipe['frames'], cfg.frames)}), 1, indices)
+        frames = max(recipe['frames'], cfg.frames if cfg.score else 0)
+        return lowpoly_clips(DataConfig(**recipe | {'frames': frames}), 1, indices)
     clips = Clips(cfg.data, 'val')
     keys = ('frames', 'c2w', 'K')
     rows = [clips.read(i % len(clips), keys) for i in indices]
@@ -305,12 +307,11 @@ def score(model, cfg, header, device, find_poses=True):
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
     p = psnr(dream, truth)
     ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
-    frame = torch.arange(1, length, dtype=torch.float64)
     out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(),
                psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
                psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
                psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
-               drift_db_per_frame=np.polyfit(frame, p.mean(0)[1:].double(), 1)[0].item(),
+               drift_db_per_frame=np.polyfit(range(1, length), p.mean(0)[1:].double(), 1)[0].item(),
                fd=frechet(dream[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_ceiling=frechet(ceiling[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_features='4x4 means of RGB, luma gradient energy and its root')
@@ -524,8 +525,7 @@ class Live:
             tape = list(self.tape)
         with tempfile.TemporaryDirectory() as folder:
             write_video(f'{folder}/walk.mp4', [draw(p, keys, max(1, 384 // len(p))) for p, keys in tape], self.cfg.fps)
-            with open(f'{folder}/walk.mp4', 'rb') as f:
-                return f.read()
+            return pathlib.Path(folder, 'walk.mp4').read_bytes()
 
 
 def live(cfg, device, dtype):
@@ -536,8 +536,7 @@ def live(cfg, device, dtype):
     except ImportError:
         raise BadInput('--live needs a web server: pip install websockets') from None
     walk = Live(cfg, device, dtype)
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'stream.html')) as f:
-        page = f.read()
+    page = (pathlib.Path(__file__).parent / 'assets/stream.html').read_text()
 
     def answer(ws, request):
         host, origin = request.headers.get('Host', ''), request.headers.get('Origin')
@@ -546,9 +545,8 @@ def live(cfg, device, dtype):
         if request.path == '/walk' and origin:
             return None                                                       # a WebSocket: go on to `tab`
         response = ws.respond(*((200, page) if request.path == '/' else (404, 'nothing here; the page is at /')))
-        if request.path == '/':
-            del response.headers['Content-Type']
-            response.headers['Content-Type'] = 'text/html; charset=utf-8'
+        del response.headers['Content-Type']
+        response.headers['Content-Type'] = 'text/html; charset=utf-8'
         return response
     quiet, local = logging.getLogger('stream'), cfg.host in ('127.0.0.1', 'localhost')
     quiet.setLevel(logging.CRITICAL)

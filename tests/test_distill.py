@@ -198,7 +198,7 @@ def nets(tmp_path):
     model = tiny_model()
     for name, stage in (('ode', 'ode'), ('camera', 'camera')):
         save_model(tmp_path / f'{name}.safetensors', tiny_model(seed=len(name)).state_dict(), model.cfg, stage=stage, step=1)
-    cfg = distill_dmd.Config(init=str(tmp_path / 'ode.safetensors'), score=str(tmp_path / 'camera.safetensors'), frames=F)
+    cfg = distill_dmd.Config(init=str(tmp_path / 'ode.safetensors'), score=str(tmp_path / 'camera.safetensors'), frames=F, before=0)
     return distill_dmd.start_nets(cfg, torch.device('cpu'), lambda *a: None), cfg
 
 
@@ -268,7 +268,7 @@ def test_float32_masters_move_where_bfloat16_weights_would_not():
         nets = {'generator': model, 'real': tiny_model(seed=1), 'fake': tiny_model(seed=2)}
         before = [p.detach().clone() for p in model.parameters()]
         opt = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0., .999), weight_decay=0)
-        cfg = distill_dmd.Config(frames=F)
+        cfg = distill_dmd.Config(frames=F, before=0)
         with torch.autocast('cpu', torch.bfloat16):
             norm = distill_dmd.step_on(lambda i: distill_dmd.generator_loss(nets, cfg, data, index), model, opt, cfg, 1)[1]
         assert norm > 0

@@ -45,7 +45,7 @@ def test_held_keys_move_for_as_long_as_they_are_held():
 def serving(*args):
     env = os.environ | {'OMP_NUM_THREADS': '2', 'PYTHONUNBUFFERED': '1'}
     p = subprocess.Popen([sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', '0', '--browser', 'False', '--device', 'cpu', *args],
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
     try:
         line = p.stdout.readline()
         assert 'http://127.0.0.1:' in line, line + p.stdout.read()
@@ -57,7 +57,7 @@ def serving(*args):
 
 @pytest.fixture(scope='module')
 def port():
-    with serving() as (_, port):
+    with serving('--ckpt', 'checkpoints/home.safetensors') as (_, port):
         yield port
 
 
@@ -81,7 +81,7 @@ def press(ws, key, down=True, t=1.5):
 def test_keys_walk_and_the_world_rests_without_them(port):
     with tab(port) as ws:
         hello = json.loads(ws.recv(20))
-        assert {'ar', 'ode', 'dmd'} <= set(hello['ckpts']) and hello['fps'] == 25
+        assert {'home', 'ar', 'ode', 'dmd'} <= set(hello['ckpts']) and hello['fps'] == 25
         ws.send('{"start": "world", "clip": 3}')
         while (header := frame(ws)[0])['clip'] != 3:
             pass
