@@ -45,7 +45,7 @@ class Config:
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
-    frames: int = 9               # frames of a rollout
+    frames: int = 9               # frames that the scores see
     steps: int = 80               # generator updates
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches an update, on each process
@@ -99,8 +99,8 @@ def walk(model, cfg, batch, index):
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
         chunks = rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None, window=n,
                          renoise=True, exit_step=exit_step, context=cfg.context)
-        for size in sizes:
-            with torch.set_grad_enabled(grad and sum(x.shape[1] for x in frames) >= before):
+        for i in range(len(sizes)):
+            with torch.set_grad_enabled(grad and sum(sizes[:i]) >= before):
                 frames.append(next(chunks))
         return torch.cat(frames, 1)[:, -n:], 0 if before else given, seen
     x = noise(n)                                                              # all chunks at once, upon the true history

@@ -414,8 +414,8 @@ class DiT(nn.Module):
     def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
         """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F).
 
-        text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames, what
-        embed_camera made of it, or None; mask (F, keys) bool or None for all; pos: F frame positions, by default 0.. or, with a cache, cache.end..
+        text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames, or what
+        embed_camera made of it, or None; mask (F, keys) bool or None for all; pos: F positions, by default from cache.end
         """
         B, n, C, H, W = x.shape
         p = self.cfg.patch

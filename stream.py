@@ -60,7 +60,7 @@ class Config:
     guidance: float = 1.0         # 1: none
     window: int = 0               # frames the cache holds; 0: as trained
     context: float = -1.0         # noise level of the walk's own history; -1: as distilled
-    riflex: bool = False          # for a window longer than that
+    riflex: bool = False          # for a window longer than trained (not live)
     seed: int = 0
     # instead of a walk to a file
     live: bool = False            # in the browser
@@ -411,7 +411,7 @@ class Live:
                     new = move(*self.state, key, self.METRES * s, self.DEGREES * s)
                     if plan is None or free(plan, new[0][0], new[0][2]):                # walls stop a walker
                         self.metres, self.state = self.metres + math.dist(new[0], self.state[0]), new
-                path.append((make_pose(*(torch.tensor(x, dtype=torch.float32) for x in self.state)), ''.join(seconds), stamp, now))
+                path.append((make_pose(*(torch.tensor(x, dtype=torch.float32) for x in self.state)), ''.join(seconds), stamp))
             yield Camera(torch.stack([p for p, *_ in path[-n:]])[None].to(self.device), K[:, None].expand(-1, n, -1).to(self.device))
             n = m.chunk
 
@@ -435,10 +435,11 @@ class Live:
             asked |= wish
             if z is None or 'start' in wish:
                 world, captions = held_out(self.cfg, header, [asked['clip']])
-                picture = load_picture(self.cfg.first, H, W) if asked['start'] == 'picture' else world['frames'][:, 0]
+                picture = world['frames'][:, 0] if asked['start'] in ('world', 'prompt') else load_picture(asked['start'], H, W)
                 z = None if asked['start'] == 'prompt' else encode(picture)[:, None].to(self.device)
                 c2w = world['c2w'][0, 0].tolist()
-                self.state = ([c2w[i][3] for i in range(3)], math.degrees(math.atan2(c2w[0][2], c2w[2][2])), -math.degrees(math.asin(c2w[1][2])))
+                yaw, pitch = math.atan2(c2w[0][2], c2w[2][2]), -math.asin(c2w[1][2])
+                self.state = [row[3] for row in c2w[:3]], math.degrees(yaw), math.degrees(pitch)
                 self.metres, frame, plan = 0., 0, make_plan(int(world['plan'])) if lowpoly else None
                 exact = Lowpoly(world['plan'].tolist(), world['palette'].tolist()) if lowpoly else None
             cfg = replace(self.cfg, steps=asked['steps'] or (4 if header['stage'] in DISTILLED else 16))
@@ -447,19 +448,18 @@ class Live:
             for z in rollout(model, self.cameras(m, world['K'], plan, path), text, noise=noise, first=z, **sampler(cfg, header, m.shift)):
                 pictures = (decode(z[0]) * 255).round().byte().cpu().numpy()
                 new, frame = path[-len(pictures):], frame + len(pictures)
-                self.tape.extend((p, keys) for p, (_, keys, _, _) in zip(pictures, new))
+                self.tape.extend((p, keys) for p, (_, keys, _) in zip(pictures, new))
                 if self.truth and lowpoly:
                     c2w = torch.stack([p for p, *_ in new])[None]
                     truth = exact.render(c2w, world['K'][:, None].expand(-1, len(new), -1), H, W)[0][0]
                     pictures = np.concatenate([pictures, (truth * 255).round().byte().numpy()], 2)
                 self.publish(pictures.tobytes(), n=len(pictures), h=H, w=pictures.shape[2], frame=frame - 1, stamp=new[0][2],
-                             ms=(time.perf_counter() - new[0][3]) * 1e3, metres=self.metres, steps=cfg.steps, ckpt=asked['ckpt'], clip=asked['clip'],
-                             prompt=asked['prompt'] or captions[0])
+                             metres=self.metres, steps=cfg.steps, ckpt=asked['ckpt'], clip=asked['clip'], prompt=asked['prompt'] or captions[0])
                 del path[:-1]
             z = z[:, -m.first:]
 
     def hear(self, message):
-        """What the page says. Anything that is not of these forms raises ValueError, KeyError or TypeError."""
+        """What the page says. Anything that is not of these forms raises ValueError."""
         with self.change:
             match message:
                 case {'key': str(key), 'down': bool(down), 't': int() | float() as t} if key in KEYS and len(key) == 1:
@@ -475,7 +475,7 @@ class Live:
                 case {'prompt': str(prompt)} if len(prompt) < 500:
                     self.wish['prompt'] = prompt
                 case {'start': 'world' | 'prompt' as start, 'clip': int(clip)} if 0 <= clip < 2 ** 31:
-                    self.wish |= {'start': start, 'clip': clip}
+                    self.wish |= {'start': start, 'clip': clip} | ({'prompt': self.cfg.prompt} if start == 'world' else {})
                 case _:
                     raise ValueError(f'not understood: {message}')
             self.change.notify_all()
@@ -501,7 +501,7 @@ class Live:
             self.change.notify_all()
         sender = threading.Thread(target=send, daemon=True)
         try:
-            ws.send(json.dumps(dict(ckpts=list(self.ckpts), fps=self.cfg.fps, keys=KEYS[:-2])))
+            ws.send(json.dumps(dict(ckpts=list(self.ckpts), fps=self.cfg.fps, keys=KEYS[:-2])))                  # the worlds are flat: no u, o
             sender.start()
             for text in ws:
                 message = json.loads(text)
@@ -624,11 +624,11 @@ def main(cfg):
     device, dtype = pick_device(cfg.device, cfg.dtype)
     if cfg.steps < 0:
         raise BadInput(f'--steps {cfg.steps}: at least 1, or 0 for the usual')
-    model, header = load_model(cfg.ckpt, device)
-    model = model.to(dtype).eval()
     cfg.fps = cfg.fps or (25 if cfg.live else 8)
     if cfg.live:
         return live(cfg, device, dtype)
+    model, header = load_model(cfg.ckpt, device)
+    model = model.to(dtype).eval()
     if cfg.riflex:
         model.riflex = header['frames'], cfg.window or header['frames']
     cfg.steps = cfg.steps or (4 if header['stage'] in DISTILLED else 16)
