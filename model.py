@@ -200,10 +200,13 @@ class BlockRowAttention(torch.autograd.Function):
 def block_row_attention(q, k, v, mask):
     """`dense_attention` by BlockRowAttention: the same result from the allowed blocks alone."""
     rows = _block_rows(tuple(map(tuple, mask.tolist())))
-    q_, k_, v_ = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        out = BlockRowAttention.apply(q_, k_, v_, rows, q.shape[1] // mask.shape[0], k.shape[1] // mask.shape[1])
-    return out.transpose(1, 2)
+    Lq, Lk = q.shape[1] // mask.shape[0], k.shape[1] // mask.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if torch.is_grad_enabled():
+        with torch.autocast(q.device.type, enabled=False):
+            return BlockRowAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), rows, Lq, Lk).transpose(1, 2)
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, a * Lq:b * Lq], _gather(k, frames, Lk), _gather(v, frames, Lk))
+                      for (a, b), frames in rows], 2).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -400,6 +403,8 @@ class DiT(nn.Module):
     def embed_camera(self, camera, H, W):
         """What the network is told of a Camera, for latents of H x W: added to the tokens (B, S, D) and to the time
         embedding (B, F, D), float32. The same at every denoising step, so `rollout` makes it once a chunk."""
+        if self.cfg.camera == 'none':
+            return ()
         p, device = self.cfg.patch, camera.c2w.device
         with torch.autocast(device.type, enabled=False):
             rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
@@ -431,9 +436,8 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                   # the residual stream and times stay fp32
             x = x.to(dtype)
             e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
-            if camera is not None and self.cfg.camera == 'plucker':
-                place, move = self.embed_camera(camera, H, W) if isinstance(camera, Camera) else camera
-                x, e = x + place.to(dtype), e + move.to(dtype)
+            if told := self.embed_camera(camera, H, W) if isinstance(camera, Camera) else camera:
+                x, e = x + told[0].to(dtype), e + told[1].to(dtype)
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
         if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
@@ -489,27 +493,41 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     exit_step  training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk. If gradient
                is enabled, that one call carries it; the cache is written from the detached x0, so none reaches the past
 
-    A chunk costs len(times) - 1 denoising calls before it is yielded, and one clean call after it, which writes the cache.
+    A chunk costs len(times) - 1 calls: the clean pass that writes it to the cache goes along with the next one's first.
     """
     B = len(text)
     twice = (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
     if guidance != 1:
         text = torch.cat([text, torch.zeros_like(text)])
-    history, cache, origin, m = [], None, None, model.cfg  # history: (latents, Camera) of each chunk in the window
+    history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
 
-    def place(camera):                                      # as the network sees it, from here and now
-        before = history[-1][1].c2w[:, -1:] if cache.end else None
+    def place(camera, before):                              # as the network sees it, from here and now
         camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before))
         return Camera.cat([camera, camera], 0) if guidance != 1 else camera
 
-    def remember(x, camera, level, **kw):
-        call(x if level == 0 else (1 - level) * x + level * noise(x.shape[1]), level, camera, **kw)
+    def times_of(x, t):
+        return torch.full((len(text), x.shape[1]), t, device=x.device)
 
-    def call(x, t, camera, grad=False, **kw):
-        t = torch.full((len(text), x.shape[1]), t, device=x.device)
+    def final(x, level):                                    # as the cache is to know it, and its times
+        return x if level == 0 else (1 - level) * x + level * noise(x.shape[1]), times_of(x, level)
+
+    def call(x, t, camera, grad=False, mask=None):
+        nonlocal late
+        if grad and late:                                   # the past carries none, so it goes first and alone
+            (y, ty, told), late = late, None
+            call(y, ty, told)
+            cache.end += y.shape[1]
+        n, new = x.shape[1], 0
+        if late:                                            # the chunk before goes along, its keys and values are final
+            (y, ty, told), late = late, None
+            new = y.shape[1]
+            x, t, camera = torch.cat([y, x], 1), torch.cat([ty, t], 1), tuple(torch.cat(c, 1) for c in zip(told, camera))
+            mask = torch.ones(new + n, cache.end + new + n, dtype=torch.bool)
+            mask[:new, -n:] = False
         with torch.set_grad_enabled(grad):
-            v = model(twice(x), t, text, camera, cache=cache, **kw)
-            return v[B:] + guidance * (v[:B] - v[B:]) if guidance != 1 else v
+            v = model(twice(x), t, text, camera, mask, cache=cache)[:, new:]
+        cache.end += new
+        return v[B:] + guidance * (v[:B] - v[B:]) if guidance != 1 else v
 
     for camera in cameras:
         n = camera.K.shape[1]
@@ -518,15 +536,15 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             L = x.shape[-1] * x.shape[-2] // m.patch ** 2
             cache = KVCache(m, len(text), window, L, x.device, model.patch_embedding.weight.dtype)
             origin = camera.c2w[:, 0]
-        placed = place(camera)
+        placed = place(camera, history[-1][1].c2w[:, -1:] if history else None)
         with torch.no_grad():
-            told = model.embed_camera(placed, *x.shape[-2:]) if m.camera == 'plucker' else placed
+            told = model.embed_camera(placed, *x.shape[-2:])
         if first is None or history:
             plan = times if history or first_times is None else first_times
             for i, (t, t_next) in enumerate(zip(plan[:-1].tolist(), plan[1:].tolist())):
                 last = i == (len(plan) - 2 if exit_step is None else exit_step)
                 grad = last and exit_step is not None and torch.is_grad_enabled()
-                v = call(x, t, placed if grad else told, grad)
+                v = call(x, times_of(x, t), placed if grad else told, grad)
                 if renoise or last and exit_step is not None:
                     x = x - t * v
                     if last:
@@ -535,21 +553,18 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                 else:
                     x = x + (t_next - t) * v
         yield x
-        # the clean frames into the cache, in the time that is left before the next chunk is due
-        x = x.detach()
+        x, level = x.detach(), context if first is None or history else 0.0
+        history.append((x, camera))
         if cache.end + n + m.chunk <= window:
-            remember(x, told, context if first is None or history else 0.0)
-            cache.end += n
-            history.append((x, camera))
+            late = *final(x, level), told
         else:                                               # no room for another chunk: the newest half, from a new origin
             keep = m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
             if keep + m.chunk > window:
                 raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
-            history.append((x, camera))
             seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
             camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
             history, cache.end, origin = [(seen, camera)], 0, camera.c2w[:, 0]
-            remember(seen, place(camera), context, mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
+            call(*final(seen, context), place(camera, None), mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
             cache.end = keep
 
 # -----------------------------------------------------------------------------

@@ -16,9 +16,13 @@ def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None, *
     cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
     text = torch.randn(2, 4, 8, generator=g)
     noise = lambda n: torch.randn(2, n, 16, H, W, generator=g)
+    def record(m, args, kw_, v):                               # a chunk that goes along with the next is a call of its own
+        (x, t), end = args[:2], kw_['cache'].end
+        new = int((t[0] == t[0, 0]).sum()) % len(t[0])
+        for part in ([slice(new)] if new else []) + [slice(new, None)]:
+            calls.append((x[:, part], t[:, part], end + (part.start or 0), v[:, part]))
     if calls is not None:
-        hook = model.register_forward_hook(
-            lambda m, args, kw_, v: calls.append((args[0], args[1], kw_['cache'].end, v)), with_kwargs=True)
+        hook = model.register_forward_hook(record, with_kwargs=True)
     out = list(rollout(model, cameras, text, schedule(3, 2.0), noise, first, guidance, window, **kw))
     if calls is not None:
         hook.remove()

@@ -121,13 +121,14 @@ def test_a_few_step_model_is_sampled_by_renoising_not_by_euler():
     noise = lambda n, draw=seeded(): noises.append(draw(n)) or noises[-1]
     model.register_forward_hook(lambda m, args, kw, v: calls.append((args[0], args[1], v)), with_kwargs=True)
     out = torch.cat(list(rollout(model, cameras(data), data.text, schedule(4, 3.0), noise, data.x0[:, :1], renoise=True)), 1)
-    for frame in range(1, F):                                  # a frame: 4 denoising calls and the clean one
-        step, fresh = calls[1 + 5 * (frame - 1):][:5], noises[4 * (frame - 1):][:4]
+    for frame in range(1, F):                                  # a frame: 4 denoising calls; it goes along, clean, with the next one's first
+        (x, t, v), *rest = calls[4 * (frame - 1):][:5]
+        assert x.shape[1] == 2 and torch.equal(x[:, :1], out[:, frame - 1:frame]) and (t[:, 0] == 0).all()
+        step, fresh = [(x[:, 1:], t[:, 1:], v[:, 1:]), *rest], noises[4 * (frame - 1):][:4]
         assert torch.equal(step[0][0], fresh[0])
         for s in range(3):
             x0 = v_to_x0(*[step[s][i] for i in (0, 2, 1)])
             assert torch.allclose(step[s + 1][0], add_noise(x0, fresh[s + 1], step[s + 1][1]), atol=1e-6)
-        assert torch.equal(step[4][0], out[:, frame:frame + 1]) and (step[4][1] == 0).all()
 
 
 def test_a_training_rollout_that_exits_last_equals_the_streamed_one():
