@@ -76,6 +76,16 @@ def make_pose(position, yaw, pitch):
     return c2w
 
 
+def quaternion_pose(t, q):
+    """Poses (..., 4, 4) from translations t (..., 3) and quaternions q (..., 4) in the order x, y, z, w, of any length."""
+    x, y, z, w = torch.nn.functional.normalize(q, dim=-1).unbind(-1)
+    R = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+                     2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+                     2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
+    bottom = torch.tensor([0., 0, 0, 1], dtype=t.dtype, device=t.device).expand(*t.shape[:-1], 1, 4)
+    return torch.cat([torch.cat([R, t[..., None]], -1), bottom], -2)
+
+
 def invert(pose):
     """The inverse of rigid poses (..., 4, 4): c2w to w2c and back. R^T, not a general solve: exact to rounding."""
     R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
@@ -180,6 +190,17 @@ def keys_to_poses(keys, metres=METRES, degrees=DEGREES):
     position, yaw, pitch = zip(*states)
     return make_pose(torch.tensor(position, dtype=torch.float64), torch.tensor(yaw, dtype=torch.float64),
                      torch.tensor(pitch, dtype=torch.float64)).float()
+
+
+def minwm_poses(keys, metres=0.08, degrees=3.0):
+    """Key string of n keys -> c2w (n + 1, 4, 4) as minWM walks: turns and moves in the camera's own axes, pitch unclamped."""
+    pose, poses = torch.eye(4, dtype=torch.float64), []
+    for k in [''] + parse_keys(keys):
+        right, down, forward, yaw, pitch = (float((a in k) - (b in k)) for a, b in ('da', 'ou', 'ws', 'lj', 'ik'))
+        turn = make_pose(pose.new_zeros(3), pose.new_tensor(degrees * yaw), pose.new_tensor(degrees * pitch))
+        turn[:3, 3] = turn[:3, :3] @ (metres * pose.new_tensor([right, down, forward]))
+        poses.append(pose := pose @ turn)
+    return torch.stack(poses).float()
 
 
 def poses_to_keys(c2w, metres=METRES, degrees=DEGREES):

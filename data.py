@@ -4,6 +4,7 @@ Worlds, codecs, captions, clips on disk, batches.
     python data.py --world lowpoly                  # 500 plans, about a minute on 2 cores
     python data.py --world lowpoly --plans 1        # one plan to live in; the held-out clips are new paths through it
     python data.py --world doom                     # a real game: pip install vizdoom
+    python data.py --world folder --videos DIR --pose_scale 1      # your own: name.mp4 (or a folder of frames) + name.txt or .json
 
 writes data/<world>/: a manifest.json, train and val shards (safetensors, read by memory map) and a contact sheet.
 A shard holds, for n clips of F frames (one frame is one latent frame):
@@ -15,6 +16,7 @@ A shard holds, for n clips of F frames (one frame is one latent frame):
 World frame: OpenCV axes as in camera.py, the floor at y = 0, the camera 1 m above it.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -31,13 +33,13 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from camera import BadInput, Camera, intrinsics, make_pose, move, rays, relative
+from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, move, rays, relative
 from model import embed_text, save_tensors
 
 
 @dataclass
 class Config:
-    world: str = 'lowpoly'        # lowpoly | doom
+    world: str = 'lowpoly'        # lowpoly | doom | folder
     out: str = ''                 # folder; empty: data/<world>
     plans: int = 500              # lowpoly: 1, or many; with many the val clips are of plans never trained on
     clips: int = 1600             # training clips
@@ -46,6 +48,9 @@ class Config:
     height: int = 64
     width: int = 64
     map: str = 'my_way_home'      # doom: a map that ships with ViZDoom
+    videos: str = ''              # folder: where the videos and their poses are
+    stride: int = 1               # folder: every so many-th frame
+    pose_scale: float = 0.0       # folder: metres in a unit of the poses; -1: unknown, make a mean step 0.15 m in each video
     seed: int = 0
     workers: int = 0              # processes; 0: one a core
 
@@ -257,6 +262,106 @@ def doom_clips(cfg, split, indices):
     return dict(frames=frames, c2w=c2w, K=DOOM_K.repeat(len(out), 1)), [f'doom {cfg.map}'] * len(out)
 
 # -----------------------------------------------------------------------------
+# world "folder": your own videos. name.mp4, or a folder `name` of pictures, beside name.txt or name.json with a pose a frame
+
+def load_poses(path):
+    """(c2w (F, 4, 4), K (F, 4) normalised or None) of a pose file: RealEstate10K .txt (a title, then lines of: time, fx fy cx cy,
+    0 0, 3 x 4 world-to-camera); or JSON, a list of c2w or minWM's {"0": {"extrinsic": c2w, "K": 3 x 3 in pixels}, ...}.
+    Raises BadInput that names the file and the line or pose."""
+    K = None
+    try:
+        with open(path) as f:
+            text = f.read()
+        if path.endswith('.txt'):
+            rows = [(i, line.split()) for i, line in enumerate(text.splitlines(), 1)][1:]
+            for i, row in rows:
+                if len(row) != 19:
+                    raise BadInput(f'{path}, line {i}: {len(row)} numbers, RealEstate10K has 19: time, fx fy cx cy, 0 0, 3 x 4 pose')
+            table = torch.tensor([[float(x) for x in row] for _, row in rows], dtype=torch.float64).view(-1, 19)
+            bottom = torch.tensor([0., 0, 0, 1], dtype=torch.float64).expand(len(table), 1, 4)
+            c2w, K = torch.cat([table[:, 7:].view(-1, 3, 4), bottom], 1), table[:, 1:5].float()
+        else:
+            poses = json.loads(text)
+            if isinstance(poses, dict):
+                poses = [poses[k] for k in sorted(poses, key=int)]
+                if all('K' in p for p in poses):
+                    M = torch.tensor([p['K'] for p in poses], dtype=torch.float32)        # the picture is twice the principal point
+                    size = 2 * M[:, :2, 2]
+                    K = torch.cat([M[:, [0, 1], [0, 1]] / size, M[:, :2, 2] / size], 1)
+                poses = [p['extrinsic'] for p in poses]
+            c2w = torch.tensor(poses, dtype=torch.float64)
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f'{path}: not a list of 4x4 matrices, nor minWM pose JSON, nor RealEstate10K ({e})') from None
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4):
+        raise BadInput(f'{path}: shape {tuple(c2w.shape)}, wanted (frames, 4, 4)')
+    R = c2w[:, :3, :3]
+    bad = ~((R @ R.mT - torch.eye(3)).abs().amax((1, 2)) < 1e-3) | ~(torch.linalg.det(R) > 0) | ~c2w.isfinite().all(2).all(1)
+    if bad.any():
+        raise BadInput(f'{path}: pose {int(bad.nonzero()[0])} is not a rotation and a translation')
+    return (invert(c2w) if path.endswith('.txt') else c2w).float(), K
+
+
+def load_frames(path, indices=None):
+    """Pictures (n, H, W, 3) uint8 of a video or of a folder of pictures, in the order of their names; or how many there are."""
+    if os.path.isdir(path):
+        names = sorted(os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(('.png', '.jpg', '.jpeg')))
+        return len(names) if indices is None else np.stack([iio.imread(names[i])[..., :3] for i in indices])
+    if indices is None:
+        return sum(1 for _ in iio.imiter(path))
+    wanted = set(indices)
+    frames = {i: x for i, x in zip(range(max(indices) + 1), iio.imiter(path)) if i in wanted}
+    return np.stack([frames[i] for i in indices])
+
+
+@functools.lru_cache(maxsize=1)
+def find_videos(folder, span):
+    """([(path, c2w, K or None)] of the videos with a pose for each of at least `span` frames, [why others were skipped])."""
+    good, bad = [], []
+    for name in sorted({os.path.splitext(f)[0] for f in os.listdir(folder)}) if os.path.isdir(folder) else ():
+        path = next((p for p in (f'{folder}/{name}.mp4', f'{folder}/{name}') if os.path.exists(p)), '')
+        poses = next((p for p in (f'{folder}/{name}.txt', f'{folder}/{name}.json') if os.path.exists(p)), '')
+        try:
+            if not path or not poses:
+                raise BadInput(f'{folder}/{name}: ' + ('no poses: name.txt or name.json' if path else 'no video: name.mp4 or a folder of frames'))
+            c2w, K = load_poses(poses)
+            n = load_frames(path)
+            if n > len(c2w):
+                raise BadInput(f'{path}: {n} frames, but {poses} has {len(c2w)} poses')
+            if n < span:
+                raise BadInput(f'{path}: {n} frames, {span} are wanted')
+            good.append((path, c2w[:n], K))
+        except (BadInput, OSError, ValueError) as e:
+            bad.append(str(e))
+    return good, bad
+
+
+def folder_clips(cfg, split, indices):
+    """The same dict from videos with poses: random windows, cropped to the aspect and resized. Every tenth video is held out."""
+    span, clips, captions = (cfg.frames - 1) * cfg.stride + 1, [], []
+    videos, _ = find_videos(cfg.videos, span)
+    mine = [v for i, v in enumerate(videos) if (i % 10 == 9 or i == len(videos) - 1) == bool(split)] if len(videos) > 1 else videos
+    for i in indices:
+        r = np.random.default_rng([cfg.seed, 5 + split, i])
+        path, c2w, K = mine[int(r.integers(len(mine)))]
+        window = int(r.integers(len(c2w) - span + 1)) + cfg.stride * np.arange(cfg.frames)
+        picture = torch.from_numpy(load_frames(path, window.tolist())).movedim(-1, 1).float()
+        H, W = picture.shape[2:]
+        h, w = min(H, W * cfg.height / cfg.width) / H, min(W, H * cfg.width / cfg.height) / W       # the crop, as fractions
+        y, x, rows, cols = round((1 - h) / 2 * H), round((1 - w) / 2 * W), round(h * H), round(w * W)
+        picture = F.interpolate(picture[:, :, y:y + rows, x:x + cols], (cfg.height, cfg.width), mode='bilinear', antialias=True)
+        K = intrinsics(FOV, W / H) if K is None else K[window[0]]
+        scale = cfg.pose_scale if cfg.pose_scale > 0 else .15 / max(1e-6, c2w[::cfg.stride, :3, 3].diff(dim=0).norm(dim=1).mean().item())
+        c2w = relative(c2w[None, window])[0]
+        c2w[:, :3, 3] *= scale
+        clips.append((picture.round().clamp(0, 255).byte().movedim(1, -1), c2w, crop_intrinsics(K, x / W, y / H, cols / W, rows / H)))
+        caption = os.path.splitext(path)[0] + '.caption'
+        captions.append(open(caption).read().strip() if os.path.exists(caption) else '')
+    frames, c2w, K = (torch.stack(v) for v in zip(*clips))
+    return dict(frames=frames, c2w=c2w, K=K), captions
+
+# -----------------------------------------------------------------------------
 # codec "dct": a picture as 16 channels at 1/8 resolution, the shape of Wan's latents, without weights
 
 ORDER = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0)]   # 10 lowest luma coefficients
@@ -312,7 +417,7 @@ def decode(z):
 # -----------------------------------------------------------------------------
 # clips on disk
 
-WORLDS = {'lowpoly': lowpoly_clips, 'doom': doom_clips}
+WORLDS = {'lowpoly': lowpoly_clips, 'doom': doom_clips, 'folder': folder_clips}
 
 
 def make(cfg):
@@ -322,7 +427,15 @@ def make(cfg):
         raise BadInput(f'--world {cfg.world}: choose one of {", ".join(WORLDS)}')
     if min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames) < 1 or cfg.height % 16 or cfg.width % 16:
         raise BadInput('plans, clips, val_clips and frames must be at least 1, height and width multiples of 16')
-    recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers')}
+    if cfg.world == 'folder':
+        if not cfg.pose_scale:
+            raise BadInput('--world folder: say what a unit of the poses is: --pose_scale METRES, or -1 where nobody knows')
+        good, bad = find_videos(cfg.videos, (cfg.frames - 1) * cfg.stride + 1)
+        print(f'{cfg.videos}: {len(good)} videos, {len(bad)} skipped', *bad, sep='\n  ')
+        if not good:
+            raise BadInput(f'--videos {cfg.videos}: no video with a pose for every frame; see data.py on what belongs there')
+    recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers')
+              and (cfg.world == 'folder' or k not in ('videos', 'stride', 'pose_scale'))}
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
         if changed := ', '.join(f'{k} {old.get(k)}, not {v}' for k, v in recipe.items() if old.get(k) != v):

@@ -209,7 +209,7 @@ def main(cfg, stage):
         model.load_state_dict(ema)
         metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
         save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
-                   frames=cfg.frames, data=held_out.manifest, command=' '.join(sys.argv))
+                   frames=cfg.frames, context=getattr(cfg, 'context', 0.0), data=held_out.manifest, command=' '.join(sys.argv))
         print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
         print(gate(stage, cfg.preset, metrics))
     if world > 1:

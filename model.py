@@ -14,10 +14,15 @@ Different from Wan2.1: times are per frame; camera terms (zero at the start) are
 embedding; the rotary product is in float32 (its angles in float64); a cache holds the prompt's keys and values too.
 Names, shapes and mathematics of the weights are Wan's, so its checkpoints load as they are.
 """
+import argparse
 import functools
+import glob
 import json
 import math
 import os
+import pickle
+import re
+import sys
 import zlib
 from dataclasses import asdict, dataclass, fields
 
@@ -29,7 +34,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from camera import BadInput, Camera, plucker, relative, steps
+from camera import BadInput, Camera, invert, plucker, relative, steps
 
 try:
     from flash_attn import flash_attn_func
@@ -50,7 +55,7 @@ class ModelConfig:
     text_len: int = 16
     eps: float = 1e-6
     patch: int = 2                # Wan's patch_size (1, 2, 2)
-    camera: str = 'plucker'       # how the pose enters: plucker | none
+    camera: str = 'plucker'       # how the pose enters: plucker | prope | plucker+prope | none
     camera_freqs: int = 3         # octaves of the Plücker maps' Fourier features
     chunk: int = 1                # frames denoised together
     first: int = 1                # frames in the first chunk: 1, or `chunk` as in minWM
@@ -245,15 +250,16 @@ class KVCache:
     """Keys and values of a growing window of frames, preallocated. `end` frames are final; a forward pass with the
     cache writes its frames behind them, and repeating it (the next denoising step) overwrites the same place.
 
-    k, v: per layer (B, frames * L, N, Dh). text: per layer the keys and values of the prompt, filled at first use.
+    k, v: per layer (B, frames * L, N, Dh), and as many again for the second attention of PRoPE, which must not share them.
+    text: per layer the keys and values of the prompt, filled at first use. gone: frames that `roll` has dropped.
     Where gradient is enabled it is only read: to fill it, run the network under torch.no_grad().
     """
     def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
         kind = torch.device(device).type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        shape = cfg.num_layers, B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
+        shape = cfg.num_layers * (1 + ('prope' in cfg.camera)), B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.frames, self.L, self.end = frames, L, 0
+        self.frames, self.L, self.end, self.gone = frames, L, 0, 0
         self.text = [None] * cfg.num_layers
 
     def update(self, layer, k, v):
@@ -267,6 +273,12 @@ class KVCache:
         self.k[layer, :, a:b], self.v[layer, :, a:b] = k, v
         return self.k[layer, :, :b], self.v[layer, :, :b]
 
+    def roll(self, n):
+        """Drop the oldest n frames. The others keep their positions: rotary angles and PRoPE only know differences."""
+        for x in (self.k, self.v):
+            x[:, :, :(self.frames - n) * self.L] = x[:, :, n * self.L:].clone()
+        self.end, self.gone = self.end - n, self.gone + n
+
 # -----------------------------------------------------------------------------
 # the transformer, under Wan2.1's parameter names
 
@@ -276,6 +288,7 @@ def sinusoid(t, dim):
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
+@functools.lru_cache(maxsize=256)
 def rotary_table(pos, h, w, Dh, device, riflex=None):
     """Unit complex numbers (len(pos) h w, 1, Dh / 2), complex64, for frames at positions `pos` of an h x w grid.
 
@@ -302,6 +315,12 @@ def rotate(x, table):
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
+def project(x, M):
+    """Each frame's matrix M (B, F, 4, 4) on the groups of 4 channels of its tokens, x (B, S, N, Dh)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.float().reshape(len(x), M.shape[1], -1, 4) @ M.mT).view(x.shape).to(x.dtype)
+
+
 class RMSNorm(nn.RMSNorm):
     """Normalised in float32, cast back, then scaled, as in Wan (and, mixed with bf16, faster than torch's on a CPU)."""
     def forward(self, x):
@@ -310,12 +329,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, prope=False):
         super().__init__()
         D = cfg.dim
-        self.N = cfg.num_heads
+        self.N, self.layers = cfg.num_heads, cfg.num_layers
         self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(D, cfg.eps), RMSNorm(D, cfg.eps)   # over all heads together
+        if prope:
+            self.prope_o = nn.Linear(D, D)
 
     def heads(self, x):
         return x.unflatten(-1, (self.N, -1))                                 # (B, S, N, Dh)
@@ -323,12 +344,20 @@ class Attention(nn.Module):
     def keys_values(self, x):
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
-    def self_attention(self, x, table, mask, cache, layer):
+    def self_attention(self, x, table, lens, mask, cache, layer):
         q, (k, v) = self.heads(self.norm_q(self.q(x))), self.keys_values(x)   # (B, S, N, Dh)
-        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)                                  # (B, all so far, N, Dh)
-        return self.o(attention(q, k, v, mask).flatten(-2))
+
+        def attend(q, k, v, layer):
+            if cache is not None:
+                k, v = cache.update(layer, k, v)                              # (B, all so far, N, Dh)
+            return attention(q, k, v, mask)
+        y = self.o(attend(rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype), v, layer).flatten(-2))
+        if not lens:
+            return y
+        P, inverse = lens                                                     # PRoPE: q^T P_q P_k^-1 k, and values alike
+        z = attend(project(q, P.mT).to(v.dtype), project(k, inverse).to(v.dtype), project(v, inverse), layer + self.layers)
+        z = self.prope_o(project(z, P).flatten(-2))
+        return y + (z.unflatten(1, (P.shape[1], -1)) * P[..., 3:, 3:]).flatten(1, 2).to(y.dtype)       # 0: camera dropped
 
     def cross_attention(self, x, text, cache, layer):
         kv = cache.text[layer] if cache is not None and not torch.is_grad_enabled() else None
@@ -346,16 +375,16 @@ class Block(nn.Module):
         D = cfg.dim
         self.norm1, self.norm2 = (nn.LayerNorm(D, cfg.eps, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(D, cfg.eps)
-        self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
+        self.self_attn, self.cross_attn = Attention(cfg, 'prope' in cfg.camera), Attention(cfg)
         self.ffn = nn.Sequential(nn.Linear(D, cfg.ffn_dim), nn.GELU('tanh'), nn.Linear(cfg.ffn_dim, D))
         self.modulation = nn.Parameter(torch.randn(1, 6, D) / D ** 0.5)
 
-    def forward(self, x, e0, text, table, mask, cache, layer):
+    def forward(self, x, e0, text, table, lens, mask, cache, layer):
         B, S, D = x.shape
         frames = lambda y: y.view(B, e0.shape[1], -1, D)                      # (B, S, D) -> (B, F, L, D)
         m = (self.modulation + e0).unsqueeze(3).unbind(2)                     # 6 x (B, F, 1, D)
         y = torch.addcmul(m[0], frames(self.norm1(x)), 1 + m[1]).view(B, S, D)
-        y = self.self_attn.self_attention(y, table, mask, cache, layer)
+        y = self.self_attn.self_attention(y, table, lens, mask, cache, layer)
         x = torch.addcmul(frames(x), frames(y).to(x.dtype), m[2]).view(B, S, D)
         x = x + self.cross_attn.cross_attention(self.norm3(x), text, cache, layer)
         y = self.ffn(torch.addcmul(m[3], frames(self.norm2(x)), 1 + m[4]).view(B, S, D))
@@ -393,28 +422,35 @@ class DiT(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.time_projection[1].weight)
-        if cfg.camera == 'plucker':                     # no bias: a dropped camera is exactly a zero map
+        if 'prope' in cfg.camera:
+            for block in self.blocks:
+                nn.init.zeros_(block.self_attn.prope_o.weight)
+        if 'plucker' in cfg.camera:                     # no bias: a dropped camera is exactly a zero map
             self.camera_embedding = nn.Linear(12 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2, D, bias=False)
             self.camera_motion = nn.Linear(12, D, bias=False)
             nn.init.zeros_(self.camera_embedding.weight)
             nn.init.zeros_(self.camera_motion.weight)
-        self.tables, self.riflex = {}, None             # rotary tables by their arguments
+        self.riflex = None
 
     def embed_camera(self, camera, H, W):
-        """What the network is told of a Camera, for latents of H x W: added to the tokens (B, S, D) and to the time
-        embedding (B, F, D), float32. The same at every denoising step, so `rollout` makes it once a chunk."""
-        if self.cfg.camera == 'none':
-            return ()
-        p, device = self.cfg.patch, camera.c2w.device
+        """What the network is told of a Camera, float32, for latents of H x W: Plücker, added to the tokens (B, S, D) and to
+        the time embedding (B, F, D); PRoPE, a projection P and its inverse (B, F, 4, 4). The same at every denoising step,
+        so `rollout` makes it once a chunk."""
+        p, device, told = self.cfg.patch, camera.c2w.device, ()
+        on = 1.0 if camera.on is None else camera.on.view(-1, 1, 1).float()
         with torch.autocast(device.type, enabled=False):
-            rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
-            waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
-            rays = torch.cat([rays, *(w.sin() for w in waves), *(w.cos() for w in waves)], 2)
-            on = 1.0 if camera.on is None else camera.on.view(-1, 1, 1).float()
-            rays = on * rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
-            # the move since the last frame, scaled to about 1, modulates every block
-            move = 10 * (camera.step - torch.eye(4, device=device))[..., :3, :].flatten(2)
-            return F.linear(rays, self.camera_embedding.weight.float()), F.linear(move * on, self.camera_motion.weight.float())
+            if 'plucker' in self.cfg.camera:
+                rays = torch.cat([plucker(c2w, camera.K, H, W) for c2w in (camera.c2w, camera.step)], 2)   # (B, F, 12, H, W)
+                waves = [math.pi * 2 ** k * rays for k in range(self.cfg.camera_freqs)]
+                rays = torch.cat([rays, *(w.sin() for w in waves), *(w.cos() for w in waves)], 2)
+                rays = on * rearrange(rays, 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
+                # the move since the last frame, scaled to about 1, modulates every block
+                move = 10 * (camera.step - torch.eye(4, device=device))[..., :3, :].flatten(2)
+                told = F.linear(rays, self.camera_embedding.weight.float()), F.linear(move * on, self.camera_motion.weight.float())
+            if 'prope' in self.cfg.camera:              # focal lengths without the principal point, as minWM
+                focal = F.pad(camera.K[..., :2], (0, 2), value=1.0).float()
+                told += (on if isinstance(on, float) else on[..., None]) * focal[..., None] * invert(camera.c2w), camera.c2w / focal[..., None, :]
+        return told
 
     def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
         """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F).
@@ -426,23 +462,23 @@ class DiT(nn.Module):
         p = self.cfg.patch
         h, w = H // p, W // p
         dtype = self.patch_embedding.weight.dtype
-        start = cache.end if cache is not None else 0
+        start = cache.gone + cache.end if cache is not None else 0
         pos = tuple(range(start, start + n)) if pos is None else tuple(pos)
-        if (key := (pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device, self.riflex)) not in self.tables:
-            self.tables[key] = rotary_table(*key)
+        table = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device, self.riflex)
 
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)   # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):                   # the residual stream and times stay fp32
             x = x.to(dtype)
             e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
-            if told := self.embed_camera(camera, H, W) if isinstance(camera, Camera) else camera:
+            told = self.embed_camera(camera, H, W) if isinstance(camera, Camera) else camera or ()
+            if told and 'plucker' in self.cfg.camera:
                 x, e = x + told[0].to(dtype), e + told[1].to(dtype)
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
         if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, e0, text, self.tables[key], mask, cache, i)         # (B, S, D)
+            x = block(x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask, cache, i)     # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x.view(B, n, h * w, -1), e).float()                # (B, F, L, p p C), channel fastest
         return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
@@ -484,7 +520,8 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     first      latents (B, n, C, H, W) of the first chunk, given at t = 0; else it is generated
     guidance   s in v = v_null + s (v_cond - v_null); the null branch has the empty prompt and shares the batch
     window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
-               origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale
+               origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale.
+               Without Plücker maps, whose poses know an origin, the oldest chunks are dropped instead
 
     context    noise level at which generated frames enter the cache, as stage 1 trains for: it hides their faults
 
@@ -557,6 +594,12 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         history.append((x, camera))
         if cache.end + n + m.chunk <= window:
             late = *final(x, level), told
+        elif 'plucker' not in m.camera:                     # nothing in the cache knows the origin: drop the oldest chunks
+            late = *final(x, level), told
+            while cache.end + n + m.chunk > window:
+                if not cache.end:
+                    raise BadInput(f'a window of {window} frames is too small: use at least {n + m.chunk}')
+                cache.roll(history.pop(0)[0].shape[1])
         else:                                               # no room for another chunk: the newest half, from a new origin
             keep = m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
             if keep + m.chunk > window:
@@ -635,22 +678,102 @@ def save_model(path, state, cfg, **meta):
     save_tensors(path, state, {'model': asdict(cfg), **meta})
 
 
-def load_model(path, device='cpu', camera=None):
-    """(DiT, header) of a checkpoint. camera='plucker' may be added to a checkpoint without: it starts at zero."""
-    state, meta = load_tensors(path)
-    if set(meta.get('model', {})) != {f.name for f in fields(ModelConfig)}:
-        raise BadInput(f'{path}: its header holds no model config of ours; is it another kind of file?')
-    cfg = ModelConfig(**meta['model'])
-    new_camera = camera is not None and cfg.camera == 'none'
-    cfg.camera = camera if new_camera else cfg.camera
-    model = DiT(cfg)
-    want = {k: v.shape for k, v in model.state_dict().items() if not (new_camera and k.startswith('camera'))}
-    wrong = [k for k in sorted(want.keys() | state.keys()) if k not in want or k not in state or want[k] != state[k].shape]
+RENAMED = [(r'condition_embedder\.text_embedder\.linear_1', 'text_embedding.0'), (r'condition_embedder\.text_embedder\.linear_2', 'text_embedding.2'),
+           (r'condition_embedder\.time_embedder\.linear_1', 'time_embedding.0'), (r'condition_embedder\.time_embedder\.linear_2', 'time_embedding.2'),
+           (r'condition_embedder\.time_proj', 'time_projection.1'), (r'\.attn1\.', '.self_attn.'), (r'\.attn2\.', '.cross_attn.'),
+           (r'\.to_(q|k|v)\.', r'.\1.'), (r'\.to_out\.0\.', '.o.'), (r'\.norm2\.', '.norm3.'), (r'\.ffn\.net\.0\.proj\.', '.ffn.0.'),
+           (r'\.ffn\.net\.2\.', '.ffn.2.'), (r'^proj_out\.', 'head.head.'), (r'^scale_shift_table$', 'head.modulation'),
+           (r'\.scale_shift_table$', '.modulation'),                             # up to here: diffusers' WanTransformer3DModel
+           (r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.', ''), (r'^(module\.)?(model\.)?', '')]
+
+
+def open_weights(path):
+    """({Wan's parameter name: a function that reads that tensor}, header) of any of these, told apart by their content:
+    our checkpoints; Wan2.1's folder or diffusers' (config.json and safetensors, one or many); a .pt of minWM, Self-Forcing or
+    Causal-Forcing, the EMA if it has one. Only tensors are read, by memory map; a pickle with code in it is refused."""
+    header, file, files = {}, path, [path]
+    try:
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        if os.path.isdir(path):
+            files = sorted(glob.glob(f'{path}/*.safetensors'))
+            for index in glob.glob(f'{path}/*.safetensors.index.json'):
+                with open(index) as f:
+                    files = sorted({f'{path}/{os.path.basename(x)}' for x in json.load(f)['weight_map'].values()})
+            if not files:
+                raise BadInput(f'{path}: no .safetensors in this folder: name a checkpoint or a folder of Wan2.1\'s')
+        if not path.endswith('.safetensors') and os.path.exists(f'{folder}/config.json'):
+            with open(f'{folder}/config.json') as f:
+                header['config'] = json.load(f)
+        tensors = {}
+        for file in files:
+            if file.endswith(('.pt', '.pth', '.bin')):
+                state = torch.load(file, 'cpu', mmap=True, weights_only=True)
+                state = next((state[k] for k in ('generator_ema', 'generator', 'model') if k in state), state)
+                tensors |= {k: functools.partial(state.get, k) for k in state}
+            else:
+                f = safe_open(file, 'pt')
+                header |= json.loads((f.metadata() or {}).get('meta', '{}'))
+                tensors |= {k: functools.partial(f.get_tensor, k) for k in f.keys()}
+    except FileNotFoundError:
+        raise BadInput(f'{file}: no such file; train it first or name another checkpoint') from None
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, EOFError, TypeError, AttributeError, pickle.UnpicklingError) as e:
+        raise BadInput(f'{file}: not a readable checkpoint ({str(e).splitlines()[0]}); it may be truncated or a pickle with code '
+                       'in it, which is never loaded: make it again') from None
+    name = lambda k: functools.reduce(lambda k, rule: re.sub(*rule, k), RENAMED, k)
+    return {name(k): read for k, read in tensors.items()}, header
+
+
+def find_config(path, tensors, header):
+    """The ModelConfig of opened weights: from our header, else from shapes; heads from config.json, else 128 wide as Wan's."""
+    if set(header.get('model', {})) == {f.name for f in fields(ModelConfig)}:
+        return ModelConfig(**header['model'])
+    try:
+        shape, config = {k: tensors[k]().shape for k in ('patch_embedding.weight', 'blocks.0.ffn.0.weight', 'time_embedding.0.weight',
+                                                         'text_embedding.0.weight', 'head.head.weight')}, header.get('config', {})
+    except KeyError as e:
+        raise BadInput(f'{path}: its header holds no model config of ours and it has no {e}: is it another kind of file?') from None
+    dim, in_dim, _, patch, _ = shape['patch_embedding.weight']
+    return ModelConfig(
+        dim, len(tensors['blocks.0.ffn.0.bias']()), config.get('num_heads', config.get('num_attention_heads', dim // 128)),
+        1 + max(int(k.split('.')[1]) for k in tensors if k.startswith('blocks.')), in_dim, len(tensors['head.head.bias']()) // patch ** 2,
+        shape['time_embedding.0.weight'][1], shape['text_embedding.0.weight'][1], config.get('text_len', 512), config.get('eps', 1e-6), patch,
+        'prope' if any('prope_o' in k for k in tensors) else 'none', chunk=4, first=4, shift=5.0)
+
+
+def load_model(path, device='cpu', camera=None, dtype=torch.float32):
+    """(DiT, header) of any checkpoint of `open_weights`; each tensor goes from the file straight to device and dtype, so no
+    second copy is held. camera='plucker' or 'prope' may be added to a checkpoint without: it starts at zero. Raises BadInput
+    that names every tensor that is missing, left over or of another shape."""
+    tensors, header = open_weights(path)
+    cfg = find_config(path, tensors, header)
+    fresh = camera is not None and cfg.camera == 'none'
+    cfg.camera = camera if fresh else cfg.camera
+    with torch.device('meta'):
+        model = DiT(cfg)
+    want, state = {k: v.shape for k, v in model.state_dict().items()}, {}
+    new = {k for k in want if fresh and (k.startswith('camera_') or '.prope_o.' in k) and k not in tensors}
+    wrong = [f'{k} is missing' for k in want if k not in tensors and k not in new] + [f'{k} is not of the model' for k in tensors if k not in want]
+    for k in want.keys() & tensors.keys():
+        value = tensors[k]()
+        if value.shape != want[k]:
+            wrong.append(f'{k} is {tuple(value.shape)}, not {tuple(want[k])}')
+        else:
+            state[k] = value.to(device, dtype, copy=True)
     if wrong:
-        raise BadInput(f'{path}: {len(wrong)} tensors do not fit its config, the first is {wrong[0]}: '
-                       'make the checkpoint again')
-    model.load_state_dict(state, strict=not new_camera)
-    return model.float().to(device), meta
+        raise BadInput(f'{path}: {len(wrong)} tensors do not fit its config: {"; ".join(sorted(wrong))}: make the checkpoint again')
+    model.load_state_dict(state | {k: torch.zeros(want[k], device=device, dtype=dtype) for k in new}, assign=True)
+    return model.requires_grad_(), {'stage': 'wan', 'step': 0, 'frames': 21} | header
+
+
+def save_wan(folder, model):
+    """Write a model in Wan2.1's own layout, config.json and diffusion_pytorch_model.safetensors, whole or not at all."""
+    c = model.cfg
+    config = {'_class_name': 'WanModel', 'model_type': 't2v', **{k: getattr(c, k) for k in (
+        'text_len', 'in_dim', 'dim', 'ffn_dim', 'freq_dim', 'out_dim', 'num_heads', 'num_layers', 'eps')}}
+    save_tensors(f'{folder}/diffusion_pytorch_model.safetensors', model.state_dict(), {})
+    with open(f'{folder}/config.json.tmp', 'w') as f:
+        json.dump(config, f, indent=1)
+    os.replace(f'{folder}/config.json.tmp', f'{folder}/config.json')
 
 
 def save_resume(path, model, ema, optimizers, step, config):
@@ -708,3 +831,50 @@ def gate(stage, preset, metrics):
     line = ', '.join(f'{k} {metrics[k]:.3g} {sign} {v:g}' for k, (sign, v) in limits.items())
     advice = ''.join(f'\n  {k}: {HINTS[k.split(",")[0]]}' for k in ok if not ok[k])
     return f'gate: {"PASS" if all(ok.values()) else "FAIL"} {line}{advice}'
+
+# -----------------------------------------------------------------------------
+# python model.py CKPT: what is this, and what does it take?
+
+def flops(cfg, frames, L, keys):
+    """Floating-point operations of one forward pass of `frames` frames of L tokens that attend to `keys` frames each."""
+    D, S, layers, second = cfg.dim, frames * L, cfg.num_layers, 'prope' in cfg.camera
+    maps = 12 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2 * ('plucker' in cfg.camera)
+    block = S * ((6 + second) * D * D + 2 * D * cfg.ffn_dim) + cfg.text_len * 2 * D * D + 2 * S * (keys * L * (1 + second) + cfg.text_len) * D
+    block += second * 4 * 4 * S * D
+    ends = S * D * (cfg.patch ** 2 * (cfg.in_dim + cfg.out_dim) + maps) + frames * D * (cfg.freq_dim + 7 * D) + cfg.text_len * D * (cfg.text_dim + D)
+    return 2 * (layers * block + ends)
+
+
+def main(a):
+    model, header = load_model(a.ckpt)
+    c, L, P = model.cfg, a.height * a.width // 64 // model.cfg.patch ** 2, sum(p.numel() for p in model.parameters())
+    preset = next((k for k, v in PRESETS.items() if (v.dim, v.ffn_dim, v.num_layers) == (c.dim, c.ffn_dim, c.num_layers)), 'of its own')
+    _, stored = open_weights(a.ckpt)[0].popitem()
+    print(f'{a.ckpt}: preset {preset}, {P / 1e6:.2f} M parameters, stage {header["stage"]}, step {header["step"]}, camera {c.camera}, '
+          f'chunks of {c.chunk}, {str(stored().dtype).removeprefix("torch.")}\n{c}')
+    cache = 4 * c.num_layers * (1 + ('prope' in c.camera)) * a.window * L * c.dim
+    chunk, full = flops(c, c.chunk, L, .75 * a.window), flops(c, a.frames, L, a.frames)
+    forced = flops(c, 2 * a.frames, L, (a.frames + c.chunk) / 2)
+    rows = [('bidirectional step', 3 * full), ('teacher-forced step', 3 * forced), (f'a streamed chunk in {a.steps} steps', (a.steps + 1) * chunk)]
+    print(f'{a.height} x {a.width} pixels, {L} tokens a frame, clips of {a.frames} frames, a window of {a.window}, batch 1, computed:')
+    for name, n in rows:
+        print(f'  {name:32s} {n / 1e12:12.4g} TFLOP')
+    for name, n in (('weights, gradient, Adam, EMA: fp32', 20 * P), ('tokens kept, a checkpoint a block', 8 * a.frames * L * c.dim * c.num_layers),
+                    ('streaming, bf16: weights', 2 * P), ('streaming, bf16: cache', cache)):
+        print(f'  {name:32s} {n / 2 ** 30:12.4g} GiB')
+    if a.out.endswith('.safetensors'):
+        save_model(a.out, model.state_dict(), c, **{k: v for k, v in header.items() if k not in ('model', 'config')})
+    elif a.out:
+        save_wan(a.out, model)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument('ckpt')
+    parser.add_argument('--out', default='', help='write it again: name.safetensors is our layout, a folder is Wan\'s')
+    for flag, default in (('height', 64), ('width', 64), ('frames', 9), ('window', 9), ('steps', 4)):
+        parser.add_argument(f'--{flag}', type=int, default=default, help=f'(default: {default})')
+    try:
+        main(parser.parse_args())
+    except (BadInput, OSError) as e:
+        sys.exit(f'error: {e}')

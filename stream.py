@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 
 from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
                     rays, relative)
-from data import (ARENA, Clips, Lowpoly, decode, encode, frechet, free, lowpoly_clips, make_plan, motion, noise_for, psnr,
+from data import (ARENA, Clips, Lowpoly, decode, encode, frechet, free, load_poses, lowpoly_clips, make_plan, motion, noise_for, psnr,
                   sharpness, write_strip)
 from data import Config as DataConfig
 from model import chunk_ids, embed_text, load_model, pick_device, rollout, schedule
@@ -56,7 +56,7 @@ class Config:
     truth: bool = False           # lowpoly: the exact render beside the dream
     fps: int = 0                  # 0: 8 to a file, 25 live
     # sampling
-    steps: int = 0                # steps a chunk; 0: 16 of Euler, or 4 for a distilled model
+    steps: int = 0                # steps a chunk; 0: 8 of Euler, or 4 for a distilled model
     guidance: float = 1.0         # 1: none
     window: int = 0               # frames the cache holds; 0: as trained
     context: float = -1.0         # noise level of the walk's own history; -1: as distilled
@@ -100,25 +100,6 @@ def load_picture(path, height, width):
     w, h = width * s, height * s
     left, top = (picture.width - w) / 2, (picture.height - h) / 2
     return torch.from_numpy(np.array(picture.resize((width, height), Image.LANCZOS, (left, top, left + w, top + h))))[None]
-
-
-def load_poses(path):
-    """Pose file -> c2w (F, 4, 4). Raises BadInput that names the file and the pose."""
-    try:
-        with open(path) as f:
-            poses = json.load(f)
-        if isinstance(poses, dict):
-            poses = [poses[k]['extrinsic'] for k in sorted(poses, key=int)]
-        c2w = torch.tensor(poses, dtype=torch.float32)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise BadInput(f'--poses {path}: not a list of 4x4 matrices, nor minWM pose JSON ({e})') from None
-    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4):
-        raise BadInput(f'--poses {path}: shape {tuple(c2w.shape)}, wanted (frames, 4, 4)')
-    R = c2w[:, :3, :3]
-    bad = ~((R @ R.mT - torch.eye(3)).abs().amax((1, 2)) < 1e-3)
-    if bad.any():
-        raise BadInput(f'--poses {path}: pose {int(bad.nonzero()[0])} is not a rotation and a translation')
-    return c2w
 
 # -----------------------------------------------------------------------------
 # walking
@@ -181,7 +162,7 @@ def walk_to_file(model, cfg, header, device):
     recipe = header['data']['recipe']
     H, W = recipe['height'], recipe['width']
     world, captions = held_out(cfg, header, [cfg.clip])
-    path = load_poses(cfg.poses) if cfg.poses else keys_to_poses(cfg.keys)
+    path = load_poses(cfg.poses)[0] if cfg.poses else keys_to_poses(cfg.keys)
     path = relative(path[None])
     keys = [''] + (poses_to_keys(path[0]) if cfg.poses else parse_keys(cfg.keys))
     tail = (len(keys) - model.cfg.first) % model.cfg.chunk                    # a last, partial chunk is left out
@@ -442,7 +423,7 @@ class Live:
                 self.state = [row[3] for row in c2w[:3]], math.degrees(yaw), math.degrees(pitch)
                 self.metres, frame, plan = 0., 0, make_plan(int(world['plan'])) if lowpoly else None
                 exact = Lowpoly(world['plan'].tolist(), world['palette'].tolist()) if lowpoly else None
-            cfg = replace(self.cfg, steps=asked['steps'] or (4 if header['stage'] in DISTILLED else 16))
+            cfg = replace(self.cfg, steps=asked['steps'] or (4 if header['stage'] in DISTILLED else 8))
             path, text = [], embed_text([asked['prompt'] or captions[0]], m.text_len, m.text_dim).to(self.device)
             noise = noise_for([(cfg.seed, frame)], (m.in_dim, H // 8, W // 8), self.device)
             for z in rollout(model, self.cameras(m, world['K'], plan, path), text, noise=noise, first=z, **sampler(cfg, header, m.shift)):
@@ -468,7 +449,7 @@ class Live:
                     self.paused = on
                 case {'truth': bool(on)}:
                     self.truth = on
-                case {'steps': 1 | 2 | 4 | 16 as steps}:
+                case {'steps': 1 | 2 | 4 | 8 as steps}:
                     self.wish['steps'] = steps
                 case {'ckpt': str(name)} if name in self.ckpts:
                     self.wish['ckpt'] = name
@@ -631,7 +612,7 @@ def main(cfg):
     model = model.to(dtype).eval()
     if cfg.riflex:
         model.riflex = header['frames'], cfg.window or header['frames']
-    cfg.steps = cfg.steps or (4 if header['stage'] in DISTILLED else 16)
+    cfg.steps = cfg.steps or (4 if header['stage'] in DISTILLED else 8)
     for name, work in (('score', score), ('bench', bench)):
         if path := getattr(cfg, name):
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from camera import BadInput, Camera
-from data import Clips, decode, get_batch, make, psnr, write_strip
+from data import Clips, decode, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shift_time,
@@ -54,6 +54,7 @@ class Config:
     ema: float = 0.995
     # objective
     context_noise: float = 0.3    # the history is noised up to this time (0: clean, as in the paper)
+    context: float = 0.1          # noise level of a walk's own history
     drop_text: float = 0.1
     drop_camera: float = 0.1
     # run
@@ -62,7 +63,7 @@ class Config:
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
-    sample_steps: int = 16        # Euler steps of the evaluation
+    sample_steps: int = 8         # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------
 # the lesson: teacher forcing over [history | noisy] (Causal Forcing, section 3.1; one time per chunk)
@@ -102,10 +103,9 @@ def evaluate(model, cfg, clips, device, strip=None):
 
     def generate(c2w):
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
-        first = batch.x0[:, :1] if sizes[0] == 1 else None
-        noise = iter(batch.eps.split(sizes, 1)[first is not None:])
-        return decode(torch.cat(list(rollout(model, cameras, batch.text, schedule(cfg.sample_steps, model.cfg.shift),
-                                             lambda n: next(noise), first, window=cfg.frames)), 1))
+        return decode(torch.cat(list(rollout(
+            model, cameras, batch.text, schedule(cfg.sample_steps, model.cfg.shift), noise_for(range(n), batch.x0.shape[2:], device),
+            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, context=cfg.context)), 1))
     truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255
     last = min(7, cfg.frames - 1)
     walk, wrong = generate(batch.camera.c2w), generate(batch.camera.c2w.roll(-1, 0))
@@ -217,7 +217,7 @@ def main(cfg, stage):
         model.load_state_dict(ema)
         metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
         save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
-                   frames=cfg.frames, data=held_out.manifest, command=' '.join(sys.argv))
+                   frames=cfg.frames, context=getattr(cfg, 'context', 0.0), data=held_out.manifest, command=' '.join(sys.argv))
         print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
         print(gate(stage, cfg.preset, metrics))
     if world > 1:

@@ -22,7 +22,7 @@ def run(script, *args, ok=True, torchrun=0, cwd=ROOT, **env):
     """Run a script as a user would; returns its output. With ok=False it must fail with one clear sentence."""
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}'] if torchrun else []
     p = subprocess.run([sys.executable, *launch, os.path.join(ROOT, script), *map(str, args)], cwd=cwd, text=True,
-                       capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1' if torchrun else '2'} | env)
+                       capture_output=True, env={'OMP_NUM_THREADS': '2'} | os.environ | ({'OMP_NUM_THREADS': '1'} if torchrun else {}) | env)
     if ok:
         assert p.returncode == 0, p.stderr[-3000:]
         return p.stdout

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 from camera import Camera, keys_to_poses, relative, steps
 from data import decode, encode, noise_for
-from model import KVCache, embed_text, load_model, rollout, schedule
+from model import KVCache, embed_text, load_model, rollout, rotary_table, schedule
 from stream import Config, held_out
 
 MARKS = '<!-- speed -->\n', '<!-- /speed -->\n'
@@ -56,7 +56,7 @@ def naive(model, c2w, K, text, times, noise, first, parts=()):
 
         def call(x, t):
             if PARTS[0] not in parts:
-                model.tables.clear()
+                rotary_table.cache_clear()
             return model(x, torch.full((1, 1), t), text, camera, cache=cache)
         for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()) if f else ():
             x = x - t * call(x, t)

@@ -38,9 +38,10 @@ def teacher_forced(model, x0, x_t, t, camera, text):
 
 
 @pytest.mark.parametrize('chunk, first, frames, H, W', [(1, 1, 5, 4, 4), (4, 1, 9, 2, 6), (4, 4, 8, 4, 2), (1, 1, 3, 16, 32)])
-@pytest.mark.parametrize('given', [True, False])
-def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, H, W, given):
-    model, calls = tiny_model(chunk=chunk, first=first), []
+@pytest.mark.parametrize('given, camera', [(True, 'plucker'), (False, 'plucker'), (True, 'prope'), (False, 'plucker+prope')])
+def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, H, W, given, camera):
+    """With PRoPE too, whose keys have a cache of their own."""
+    model, calls = tiny_model(chunk=chunk, first=first, camera=camera), []
     start = torch.randn(2, first, 16, H, W) if given else None
     x0, camera, text = walk(model, frames, H, W, start, calls=calls)
     assert x0.shape[1] == frames and (not given or torch.equal(x0[:, :first], start))
@@ -81,6 +82,35 @@ def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
             want = model(torch.cat([clean, clean[:, :end], x], 1), torch.cat([0 * times, times], 1), text,
                          Camera.cat([c, c]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, -n:]
         torch.testing.assert_close(v, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('chunk, window, frames', [(1, 4, 11), (2, 7, 17)])
+def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, frames):
+    """With PRoPE alone nothing in the cache knows an origin: whole chunks leave at its far end, the others stay as they are.
+    A chunk's clean pass goes along with the next one's first step, when room for that one has been made."""
+    model, calls = tiny_model(chunk=chunk, camera='prope'), []
+    x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
+    ids = chunk_ids(frames, chunk)
+    ends = torch.tensor([int((ids <= i).sum()) for i in range(int(ids.max()) + 2)])                  # one past a chunk's last frame
+    def oldest(i):                                              # first frame in the cache when chunk i is denoised
+        starts = [0] + ends[:-1].tolist()
+        return next(a for a in starts if min(ends[i], frames + chunk) - a <= window) if i <= ids.max() else \
+            next(a for a in starts if frames + chunk - a <= window)
+    mask = teacher_forcing_mask(ids)
+    for q in range(frames):
+        mask[q, :oldest(int(ids[q]) + 1)] = False
+        mask[frames + q, :oldest(int(ids[q]))] = False
+    camera = Camera(relative(camera.c2w), camera.K)
+    noisy, at = [c for c in calls if c[1].max() > 0], {}
+    assert max(c[2] + c[0].shape[1] for c in calls) <= window
+    for step in range(3):
+        x_t, v, times = x0.clone(), torch.zeros_like(x0), torch.zeros(2, frames)
+        for i, (x, t, _, out) in enumerate(noisy[step::3]):
+            seen = slice(int(ends[i]), int(ends[i + 1]))
+            x_t[:, seen], v[:, seen], times[:, seen] = x, out, t
+        with torch.no_grad():
+            want = model(torch.cat([x0, x_t], 1), torch.cat([0 * times, times], 1), text, Camera.cat([camera, camera]), mask, [*range(frames)] * 2)
+        torch.testing.assert_close(v[:, 1:], want[:, frames + 1:], rtol=0, atol=1e-5)
 
 
 def test_a_long_walk_never_leaves_the_window():

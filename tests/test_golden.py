@@ -6,23 +6,26 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from model import DiT, ModelConfig, causal_mask, chunk_ids, rotary_table, rotate, schedule, sinusoid, teacher_forcing_mask
+from camera import Camera, invert, minwm_poses, quaternion_pose, relative
+from model import (DiT, ModelConfig, causal_mask, chunk_ids, project, rotary_table, rotate, schedule, sinusoid,
+                   teacher_forcing_mask)
 
 GOLDEN = os.environ.get('GOLDEN')
 pytestmark = pytest.mark.skipif(not GOLDEN, reason='GOLDEN is not set: the folder of golden files')
 TOL = dict(rtol=0, atol=3e-5)
 
 
-def load(name):
+def load(name, camera='none'):
     with safe_open(f'{GOLDEN}/{name}.safetensors', 'pt') as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
         c = ast.literal_eval(f.metadata().get('config', '{}'))
     if not c:
         return tensors
-    cfg = ModelConfig(patch=c['patch_size'][1], camera='none',
+    cfg = ModelConfig(patch=c['patch_size'][1], camera=camera,
                       **{k: c[k] for k in ('dim', 'ffn_dim', 'num_heads', 'num_layers', 'freq_dim', 'text_dim', 'text_len')})
     model = DiT(cfg)
-    model.load_state_dict({k[3:]: v for k, v in tensors.items() if k.startswith('sd.') and 'prope' not in k})
+    state = {k.removeprefix('sd_prope.').removeprefix('sd.'): v for k, v in tensors.items() if k.startswith('sd')}
+    model.load_state_dict({k: v for k, v in state.items() if camera == 'prope' or 'prope' not in k})
     return tensors, model
 
 
@@ -31,10 +34,15 @@ def pad(context, n=16):
 
 
 @torch.no_grad()
-def bidirectional(model, x, t, context):
+def bidirectional(model, x, t, context, camera=None):
     """(C, F, H, W) at Wan's timestep t -> velocity (C, F, H, W)."""
     x = x.transpose(0, 1)[None]
-    return model(x, (t / 1000).expand(1, x.shape[1]), pad(context)[None])[0].transpose(0, 1)
+    return model(x, (t / 1000).expand(1, x.shape[1]), pad(context)[None], camera)[0].transpose(0, 1)
+
+
+def to_camera(viewmats, Ks):
+    """minWM's world-to-camera matrices and 3 x 3 intrinsics as ours."""
+    return Camera(invert(viewmats), torch.stack([Ks[..., 0, 0], Ks[..., 1, 1], Ks[..., 0, 2], Ks[..., 1, 2]], -1))
 
 
 def test_bidirectional():
@@ -48,7 +56,7 @@ def test_bidirectional():
 def test_parts():
     g, model = load('wan_tiny_bidir')
     torch.testing.assert_close(sinusoid(g['A.t'][None] / 1000, 32)[0], g['A.mid.sinusoid'], **TOL)
-    q = rotate(g['rope.q_in'], rotary_table(range(5), 4, 6, 32, 'cpu'))
+    q = rotate(g['rope.q_in'], rotary_table(tuple(range(5)), 4, 6, 32, 'cpu'))
     torch.testing.assert_close(q, g['rope.q_out'], **TOL)
     seen = {}
     model.blocks[0].self_attn.o.register_forward_hook(lambda m, i, o: seen.update(block0_self_attn=o))
@@ -76,6 +84,42 @@ def test_teacher_forcing(chunk):
     torch.testing.assert_close(out[:, 4:].transpose(1, 2), g[f'out_chunk{chunk}_nocam'], **TOL)
 
 
+def test_prope():
+    g, model = load('wan_tiny_bidir', 'prope')
+    camera = to_camera(g['P.viewmats'], g['P.Ks'])
+    torch.testing.assert_close(bidirectional(model, g['A.x'], g['A.t'], g['A.context'], camera), g['P.out'], **TOL)
+    P, inverse = model.embed_camera(camera, 8, 12)
+    for name, x, M in (('q_t', 'q', P.mT), ('k_t', 'k', inverse), ('v_t', 'v', inverse), ('o_t', 'v', P)):
+        y = project(g[f'P.unit.{x}'].transpose(1, 2), M).transpose(1, 2)                  # theirs: (batch, head, token, channel)
+        torch.testing.assert_close(y, g[f'P.unit.{name}'], **TOL)
+    moved = Camera(relative(camera.c2w), camera.K)                                        # only relative poses matter
+    torch.testing.assert_close(bidirectional(model, g['A.x'], g['A.t'], g['A.context'], moved), g['P.out'], **TOL)
+
+
+@pytest.mark.parametrize('name, chunk', [('chunk1', 1), ('chunk2', 2), ('chunk2_aug', 2), ('chunk4', 4)])
+def test_teacher_forcing_with_cameras(name, chunk):
+    g, model = load('wan_tiny_causal_tf', 'prope')
+    text, camera = torch.stack([pad(g['context0']), pad(g['context1'])]), to_camera(g['viewmats'], g['Ks'])
+    x, clean = g['x'].transpose(1, 2), g['clean_x'].transpose(1, 2)
+    t = (g['t_chunk1'] if chunk == 1 else g['t_chunk2'] if chunk == 2 else g['t_chunk2'][:, :1].expand(2, 4)) / 1000
+    history = g['aug_t_chunk2'] / 1000 if 'aug' in name else torch.zeros_like(t)
+    with torch.no_grad():
+        out = model(torch.cat([clean, x], 1), torch.cat([history, t], 1), text, Camera.cat([camera, camera]),
+                    teacher_forcing_mask(chunk_ids(4, chunk, first=chunk)), [*range(4)] * 2)
+    torch.testing.assert_close(out[:, 4:].transpose(1, 2), g[f'out_{name}'], **TOL)
+
+
+@pytest.mark.parametrize('i, keys', [*enumerate(['w*19', 'i*12,j*7', 'a*10,l*9', 'dn*3,u*2,s*4,d*5,k*5'])])
+def test_minwm_walks(i, keys):
+    torch.testing.assert_close(invert(minwm_poses(keys)), load('wan_schedules')[f'traj{i}.viewmats'], **TOL)
+
+
+def test_minwm_quaternions():
+    g = load('wan_schedules')
+    w2c = quaternion_pose(g['pose7.in'][:, :3], g['pose7.in'][:, 3:])
+    torch.testing.assert_close(invert(relative(invert(w2c)[None])[0]), g['pose7.viewmats'], **TOL)
+
+
 def test_whole_clip_chunk_is_bidirectional():
     g, model = load('wan_tiny_causal_tf')
     ids = chunk_ids(4, 4, first=4)
@@ -93,3 +137,13 @@ def test_schedules():
     torch.testing.assert_close(schedule(4, 5.0)[:4] * 1000, g['warp.out'].flatten()[:4].float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(schedule(48, 5.0)[:48], g['cd48.sigmas'], rtol=0, atol=1e-6)
     torch.testing.assert_close(schedule(1000, 5.0)[:1000], g['train1000.sigmas'], rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule(50, 5.0)[:50], g['cd50.sigmas'], rtol=0, atol=1e-6)
+
+
+def test_euler():
+    """Along the 48 steps, of the files' own field, every state on the way."""
+    g, times = load('wan_schedules'), schedule(48, 5.0)
+    x = g['euler48.xs'][0]
+    for i in range(48):
+        x = x + (times[i + 1] - times[i]) * (torch.sin(1.3 * x) * (.5 + times[i]) + .2 * x)
+        torch.testing.assert_close(x, g['euler48.xs'][i + 1], **TOL)

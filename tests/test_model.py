@@ -69,7 +69,7 @@ def test_zero_initialised_camera_equals_the_base_model_and_dropped_camera_is_non
 
 def test_rotary_depends_on_the_distance_only():
     q, k = torch.randn(2, 1, 4, 1, 32)
-    score = lambda a: (rotate(q, rotary_table([a], 2, 2, 32, 'cpu')) * rotate(k, rotary_table([a + 3], 2, 2, 32, 'cpu'))).sum()
+    score = lambda a: (rotate(q, rotary_table((a,), 2, 2, 32, 'cpu')) * rotate(k, rotary_table((a + 3,), 2, 2, 32, 'cpu'))).sum()
     torch.testing.assert_close(score(0), score(11), rtol=1e-4, atol=1e-4)
 
 
@@ -148,3 +148,13 @@ def test_gate_passes_and_fails_by_the_committed_thresholds():
         line = gate(stage, 'nano', worse)
         assert line.startswith('gate: FAIL') and '\n  ' in line
     assert 'none for preset' in gate('ar', 'wan-14b', {})
+
+
+def test_riflex_changes_nothing_within_the_trained_length_and_one_frequency_beyond():
+    pos = tuple(range(18))
+    plain, same, longer = (rotary_table(pos, 2, 2, 64, torch.device('cpu'), r) for r in (None, (9, 9), (9, 18)))
+    assert torch.equal(plain, same)
+    changed = (plain != longer).any(0)[0].nonzero().flatten().tolist()
+    assert len(changed) == 1                                  # and its period now exceeds the window
+    angle = torch.angle(longer.view(18, 4, -1)[1, 0, changed[0]])
+    assert 2 * torch.pi / angle == pytest.approx(18 / .9, rel=1e-5) and 2 * torch.pi / torch.angle(plain.view(18, 4, -1)[1, 0, changed[0]]) < 18

@@ -1,0 +1,153 @@
+"""Checkpoints in and out: one tiny random network in every layout that `load_model` reads."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from camera import BadInput, Camera, intrinsics, keys_to_poses
+from conftest import ROOT
+from model import DiT, ModelConfig, flops, load_model, save_model, save_wan
+from test_model import tiny_model
+
+TINY = dict(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4, freq_dim=16)
+CONFIG = {'text_len': 4, 'num_heads': 2, 'num_layers': 2, 'dim': 48, 'ffn_dim': 64}
+
+
+@pytest.fixture(scope='module')
+def model():
+    return tiny_model(camera='none', chunk=4, first=4, shift=5.0, freq_dim=16)
+
+
+def same(path, model, **kw):
+    loaded, header = load_model(str(path), **kw)
+    assert loaded.cfg == model.cfg and all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    x, t, text = torch.randn(1, 4, 16, 4, 4), torch.rand(1, 4), torch.randn(1, 4, 8)
+    assert torch.equal(loaded.eval()(x, t, text), model(x, t, text)) and all(p.requires_grad for p in loaded.parameters())
+    return header
+
+
+def write_config(folder, config=CONFIG):
+    os.makedirs(folder, exist_ok=True)
+    with open(f'{folder}/config.json', 'w') as f:
+        json.dump(config, f)
+
+
+def test_wans_own_folder_and_back(model, tmp_path):
+    save_wan(str(tmp_path), model)
+    same(tmp_path, model)
+    assert sorted(os.listdir(tmp_path)) == ['config.json', 'diffusion_pytorch_model.safetensors']
+
+
+def test_shards(model, tmp_path):
+    state = model.state_dict()
+    names, where = list(state), {}
+    for i in range(3):
+        part = {k: state[k] for k in names[i::3]}
+        save_file(part, tmp_path / f'diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors')
+        where |= {k: f'diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors' for k in part}
+    write_config(tmp_path)
+    (tmp_path / 'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps({'weight_map': where}))
+    same(tmp_path, model)
+    os.remove(tmp_path / 'diffusion_pytorch_model-00002-of-00003.safetensors')
+    with pytest.raises(BadInput, match='00002-of-00003.safetensors: no such file'):
+        load_model(str(tmp_path))
+
+
+def test_diffusers_own_class(model, tmp_path):
+    diffusers = pytest.importorskip('diffusers', reason='pip install diffusers')
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=8, freq_dim=16,
+        ffn_dim=64, num_layers=2, cross_attn_norm=True, qk_norm='rms_norm_across_heads', eps=1e-6)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=.1)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    write_config(tmp_path, config | {'text_len': 4})
+    ours, _ = load_model(str(tmp_path))
+    x, text = torch.randn(1, 3, 16, 8, 4), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        want = theirs(x.transpose(1, 2), torch.tensor([700.]), text).sample.transpose(1, 2)
+        torch.testing.assert_close(ours(x, torch.full((1, 3), .7), text), want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('wrap', ['model.', 'model._fsdp_wrapped_module.', 'model._orig_mod.', ''])
+def test_pt_files(model, tmp_path, wrap):
+    """minWM, Self-Forcing, Causal-Forcing; the EMA is taken where there are both."""
+    state = {wrap + k.replace('blocks.0.', 'blocks.0._checkpoint_wrapped_module.'): v for k, v in model.state_dict().items()}
+    write_config(tmp_path)
+    for name, content in (('a', {'generator': state}), ('b', {'generator': {k: 0 * v for k, v in state.items()}, 'generator_ema': state}),
+                          ('c', {'model': state}), ('d', state)):
+        torch.save(content, tmp_path / f'{name}.pt')
+        same(tmp_path / f'{name}.pt', model)
+
+
+def test_action2v_brings_its_second_attention(tmp_path):
+    model = tiny_model(camera='prope', chunk=4, first=4, shift=5.0, freq_dim=16)
+    write_config(tmp_path)
+    torch.save({'generator': {f'model.{k}': v for k, v in model.state_dict().items()}}, tmp_path / 'model.pt')
+    same(tmp_path / 'model.pt', model)
+
+
+def test_ours(model, tmp_path):
+    save_model(str(tmp_path / 'x.safetensors'), model.state_dict(), model.cfg, stage='base', step=7)
+    assert same(tmp_path / 'x.safetensors', model)['step'] == 7
+
+
+def test_dtype_and_a_camera_that_starts_at_zero(model, tmp_path):
+    save_wan(str(tmp_path), model)
+    assert {p.dtype for p in load_model(str(tmp_path), dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+    for camera in ('plucker', 'prope', 'plucker+prope'):
+        more = load_model(str(tmp_path), camera=camera)[0]
+        new = set(more.state_dict()) - set(model.state_dict())
+        assert more.cfg.camera == camera and new and all((more.state_dict()[k] == 0).all() for k in new)
+
+
+def test_every_tensor_that_does_not_fit_is_named(model, tmp_path):
+    state = model.state_dict()
+    del state['blocks.1.ffn.2.bias'], state['blocks.0.norm3.weight']
+    state['blocks.0.self_attn.o.bias'], state['img_emb.proj.0.weight'] = torch.zeros(3), torch.zeros(2)
+    write_config(tmp_path)
+    save_file(state, tmp_path / 'diffusion_pytorch_model.safetensors')
+    with pytest.raises(BadInput) as e:
+        load_model(str(tmp_path))
+    for part in ('4 tensors', 'blocks.1.ffn.2.bias is missing', 'blocks.0.norm3.weight is missing', 'img_emb.proj.0.weight is not of the model',
+                 r'blocks.0.self_attn.o.bias is (3,), not (48,)'):
+        assert part in str(e.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f'touch {Evil.path}',)
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path):
+    Evil.path = tmp_path / 'ran'
+    torch.save({'generator': Evil()}, tmp_path / 'model.pt')
+    with pytest.raises(BadInput, match='pickle with code in it, which is never loaded'):
+        load_model(str(tmp_path / 'model.pt'))
+    assert not Evil.path.exists()
+
+
+def test_what_is_this_checkpoint(model, tmp_path):
+    save_wan(str(tmp_path / 'wan'), model)
+    run = lambda *a: subprocess.run([sys.executable, f'{ROOT}/model.py', *map(str, a)], capture_output=True, text=True)
+    out = run(tmp_path / 'wan', '--out', tmp_path / 'x.safetensors')
+    assert out.returncode == 0 and f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters' in out.stdout, out.stderr
+    same(tmp_path / 'x.safetensors', model)
+    assert run(tmp_path / 'x.safetensors', '--out', tmp_path / 'back').returncode == 0
+    same(tmp_path / 'back', model)
+    assert run(tmp_path / 'none.pt').returncode == 1 and 'no such file' in run(tmp_path / 'none.pt').stderr
+
+
+@pytest.mark.parametrize('camera', ['none', 'plucker', 'prope'])
+def test_the_predicted_arithmetic_is_torchs_own_count(camera):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = ModelConfig(**TINY | dict(dim=96, ffn_dim=256), camera=camera)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):       # whose products are counted
+        DiT(cfg)(torch.randn(1, 5, 16, 8, 8), torch.rand(1, 5), torch.randn(1, 4, 8), Camera(keys_to_poses('wl*4')[None], intrinsics(90, 1).expand(1, 5, 4)))
+    assert flops(cfg, 5, 16, 5) == pytest.approx(counter.get_total_flops(), rel=.02)
