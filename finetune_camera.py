@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from camera import BadInput, Camera
 from data import Clips, decode, get_batch, make, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, gate, learning_rate, load_model, load_resume,
-                   make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shift_time, update_ema)
+                   make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shard, shift_time,
+                   sync_gradients, update_ema, whole)
 
 
 @dataclass
@@ -61,6 +61,8 @@ class Config:
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
+    shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights
+    checkpoint: bool = False      # keep one activation a block and compute the others again
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     sample_steps: int = 16        # Euler steps of the evaluation
@@ -150,15 +152,15 @@ def main(cfg, stage):
 
     # -------------------------------------------------------------------------
     # same in every stage: optimizer, resume, loop
-    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log_every', 'save_every')}
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every')}
+    model.checkpoint = cfg.checkpoint
+    net = shard(model, cfg.shard)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
     start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
     if start:
         say(f'go on from {path}.resume.safetensors, step {start}')
-    net = DistributedDataParallel(model) if world > 1 else model
-    net.cfg = model.cfg
     tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
     say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
@@ -174,13 +176,13 @@ def main(cfg, stage):
         for i in range(cfg.accum):
             batch = get_batch(clips, step * cfg.batch + (rank * cfg.accum + i) * micro, micro, cfg.frames,
                               model.cfg, cfg.seed, device)
-            net.require_backward_grad_sync = i == cfg.accum - 1
+            sync_gradients(net, i == cfg.accum - 1)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, error, t = loss_fn(net, cfg, batch)
             (loss / cfg.accum).backward()
             level = (t[..., None] > torch.arange(4, device=device) / 4) & (t[..., None] <= torch.arange(1, 5, device=device) / 4)
             sums += torch.cat([loss[None] / cfg.accum, (error[..., None] * level).sum((0, 1)), level.sum((0, 1))]).detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
         for opt in optimizers:
             for group in opt.param_groups:
                 group['lr'] = lr
@@ -200,12 +202,14 @@ def main(cfg, stage):
                 log.write(json.dumps(line) + '\n')
                 log.flush()
             sums, began = torch.zeros(9, device=device), time.time()
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
 
     # -------------------------------------------------------------------------
     # same in every stage: save the EMA, evaluate, gate
+    ema = {k: whole(v) for k, v in ema.items()}
     if rank == 0:
+        model = DiT(model.cfg).to(device)
         model.load_state_dict(ema)
         metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
         save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
@@ -213,6 +217,7 @@ def main(cfg, stage):
         print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
         print(gate(stage, cfg.preset, metrics))
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -28,11 +28,15 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from camera import BadInput, Camera, invert, plucker, relative, steps
 
@@ -430,7 +434,7 @@ class DiT(nn.Module):
             self.camera_motion = nn.Linear(12, D, bias=False)
             nn.init.zeros_(self.camera_embedding.weight)
             nn.init.zeros_(self.camera_motion.weight)
-        self.riflex = None
+        self.riflex, self.checkpoint = None, False
 
     def embed_camera(self, camera, H, W):
         """What the network is told of a Camera, float32, for latents of H x W: Plücker, added to the tokens (B, S, D) and to
@@ -478,7 +482,9 @@ class DiT(nn.Module):
         if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask, cache, i)     # (B, S, D)
+            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask, cache, i
+            keep = not self.checkpoint or cache is not None or not torch.is_grad_enabled()
+            x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x.view(B, n, h * w, -1), e).float()                # (B, F, L, p p C), channel fastest
         return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
@@ -633,10 +639,46 @@ def make_optimizers(model, lr, muon=True, betas=(0.9, 0.99), weight_decay=0.01):
     the rest. Muon's step is scaled to AdamW's RMS (Moonlight), so one learning rate serves both."""
     hidden = [p for n, p in model.named_parameters() if muon and n.startswith('blocks') and p.ndim == 2]
     rest = [p for n, p in model.named_parameters() if not (muon and n.startswith('blocks') and p.ndim == 2)]
+    if muon and any(hasattr(p, 'full_tensor') for p in hidden):
+        raise BadInput('--shard fsdp: Muon needs whole matrices: add --muon False')
     opts = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)]
     if muon:
         opts.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
     return opts
+
+
+def shard(model, how):
+    """The model as this process trains it: as it is when alone; under DDP; or (fsdp) with weights, gradients and optimizer state
+    split over all processes, block by block (FSDP2)."""
+    if how not in ('ddp', 'fsdp'):
+        raise BadInput(f'--shard {how}: choose ddp or fsdp')
+    if not dist.is_initialized():
+        return model
+    if how == 'ddp':
+        net = DistributedDataParallel(model)
+        net.cfg = model.cfg
+        return net
+    from torch.distributed.fsdp import fully_shard
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def sync_gradients(net, on):
+    """Average the gradients of the next backward pass over the processes, or (all but the last micro-batch) not yet."""
+    if hasattr(net, 'set_requires_gradient_sync'):
+        net.set_requires_gradient_sync(on)
+    net.require_backward_grad_sync = on
+
+
+def whole(x):
+    """A tensor that FSDP has split, put together again (all processes call this); any other as it is."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+
+def split_like(x, y):
+    """The whole tensor x, split as y is."""
+    return distribute_tensor(x, y.device_mesh, y.placements) if hasattr(y, 'full_tensor') else x
 
 
 def learning_rate(step, steps, lr, warmup, decay):
@@ -777,12 +819,15 @@ def save_wan(folder, model):
 
 
 def save_resume(path, model, ema, optimizers, step, config):
-    """All that an exact continuation needs: raw weights, EMA, optimizer state, step, config; one file."""
+    """All that an exact continuation needs: raw weights, EMA, optimizer state, step, config; one file, whole tensors. All
+    processes call it, the first writes; it may be resumed by another number of them."""
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | {f'ema.{k}': v for k, v in ema.items()}
     for i, opt in enumerate(optimizers):
         for p, state in opt.state_dict()['state'].items():
             tensors |= {f'opt{i}.{p}.{k}': v for k, v in state.items()}
-    save_tensors(path, tensors, {'step': step, 'config': config})
+    tensors = {k: whole(v) for k, v in tensors.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_tensors(path, tensors, {'step': step, 'config': config})
 
 
 def load_resume(path, model, ema, optimizers, config):
@@ -795,13 +840,14 @@ def load_resume(path, model, ema, optimizers, config):
     if changed:
         raise BadInput(f'{path} was made with {", ".join(changed)}: run that again to go on, or delete it to start over')
     part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
-    model.load_state_dict(part('model.'))
-    for k, v in part('ema.').items():
-        ema[k].copy_(v)
+    for name, state in (('model.', model.state_dict()), ('ema.', ema)):
+        for k, v in part(name).items():
+            state[k].copy_(split_like(v.to(state[k].device), state[k]))
     for i, opt in enumerate(optimizers):
-        state = {}
+        state, params = {}, [p for group in opt.param_groups for p in group['params']]
         for k, v in part(f'opt{i}.').items():
-            state.setdefault(int(k.split('.')[0]), {})[k.split('.')[1]] = v
+            p, k = k.split('.')
+            state.setdefault(int(p), {})[k] = split_like(v.to(params[int(p)].device), params[int(p)]) if v.ndim else v
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
     return meta['step']
 
@@ -846,12 +892,17 @@ def flops(cfg, frames, L, keys):
 
 
 def main(a):
-    model, header = load_model(a.ckpt)
-    c, L, P = model.cfg, a.height * a.width // 64 // model.cfg.patch ** 2, sum(p.numel() for p in model.parameters())
+    """What a checkpoint (or a preset) is and what it takes: memory and arithmetic, computed. --out writes it in another layout."""
+    with torch.device('meta'):
+        model = DiT(PRESETS[a.ckpt]) if a.ckpt in PRESETS else None
+    header = {'stage': 'none', 'step': 0}
+    if model is None:
+        model, header = load_model(a.ckpt)
+    c, P = model.cfg, sum(p.numel() for p in model.parameters())
+    L = a.height * a.width // 64 // c.patch ** 2
     preset = next((k for k, v in PRESETS.items() if (v.dim, v.ffn_dim, v.num_layers) == (c.dim, c.ffn_dim, c.num_layers)), 'of its own')
-    _, stored = open_weights(a.ckpt)[0].popitem()
-    print(f'{a.ckpt}: preset {preset}, {P / 1e6:.2f} M parameters, stage {header["stage"]}, step {header["step"]}, camera {c.camera}, '
-          f'chunks of {c.chunk}, {str(stored().dtype).removeprefix("torch.")}\n{c}')
+    stored = '' if a.ckpt in PRESETS else f', stored as {next(iter(open_weights(a.ckpt)[0].values()))().dtype}'
+    print(f'{a.ckpt}: preset {preset}, {P / 1e6:.2f} M parameters, stage {header["stage"]}, step {header["step"]}, camera {c.camera}{stored}\n{c}')
     cache = 4 * c.num_layers * (1 + ('prope' in c.camera)) * a.window * L * c.dim
     chunk, full = flops(c, c.chunk, L, .75 * a.window), flops(c, a.frames, L, a.frames)
     forced = flops(c, 2 * a.frames, L, (a.frames + c.chunk) / 2)

@@ -127,6 +127,25 @@ def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
+@pytest.mark.parametrize('script, stage', [('finetune_camera.py', 'camera'), ('train_ar.py', 'ar'), ('distill_ode.py', 'ode')])
+def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data, chain, tmp_path):
+    """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
+    that either leaves, of whole tensors, is the same, so that a run may go on with another number of processes."""
+    start = {'camera': 'base', 'ar': 'camera', 'ode': 'ar'}[stage]
+    args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, *SMALL, '--dtype', 'float32', '--muon', False, '--save_every', 1]
+    if stage == 'ode':
+        args = [a for a in args if a not in ('--sample_steps', 2)] + ['--teacher_steps', 8, '--pairs', 6]
+    run(script, *args, '--out', tmp_path / 'one')
+    kill_during(script, stage, [*args, '--out', tmp_path / 'two'], tmp_path / 'two')
+    assert 'go on from' in run(script, *args, '--shard', 'fsdp', '--checkpoint', True, '--out', tmp_path / 'two', torchrun=2)
+    run(script, *args, '--shard', 'fsdp', '--out', tmp_path / 'all', torchrun=2)
+    for other in ('two', 'all'):
+        assert max(abs(a - b) for a, b in zip(losses(tmp_path / 'one', stage), losses(tmp_path / other, stage), strict=True)) < 1e-4
+        for name in (f'{stage}.safetensors', f'{stage}.resume.safetensors'):
+            a, b = (load_tensors(f'{tmp_path}/{d}/{name}')[0] for d in ('one', other))
+            assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
 def test_chunks_of_four(data, chain, tmp_path):
     run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 2, '--chunk', 4, *SMALL)
     out = tmp_path / 'walk.gif'
