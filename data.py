@@ -284,13 +284,13 @@ def load_poses(path):
             poses = json.loads(text)
             if isinstance(poses, dict):
                 poses = [poses[k] for k in sorted(poses, key=int)]
-                if all('K' in p for p in poses):
+                if all(p.get('K') for p in poses):
                     M = torch.tensor([p['K'] for p in poses], dtype=torch.float32)        # the picture is twice the principal point
                     size = 2 * M[:, :2, 2]
                     K = torch.cat([M[:, [0, 1], [0, 1]] / size, M[:, :2, 2] / size], 1)
                 poses = [p['extrinsic'] for p in poses]
             c2w = torch.tensor(poses, dtype=torch.float64)
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
         if isinstance(e, BadInput):
             raise
         raise BadInput(f'{path}: not a list of 4x4 matrices, nor minWM pose JSON, nor RealEstate10K ({e})') from None

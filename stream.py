@@ -78,6 +78,14 @@ class Config:
 # -----------------------------------------------------------------------------
 # the world that a checkpoint was trained on
 
+def load(path, device):
+    """(DiT, header) of a checkpoint that says what world it knows."""
+    model, header = load_model(path, device)
+    if 'data' not in header:
+        raise BadInput(f'{path}: it does not say what clips it was trained on; walk with a checkpoint that a stage here has written')
+    return model, header
+
+
 def held_out(cfg, header, indices):
     """Held-out clips as data.py makes them: (dict of tensors with leading dim n, captions)."""
     recipe = header['data']['recipe']
@@ -405,7 +413,7 @@ class Live:
                 wish, self.wish = self.wish, {}
             if 'ckpt' in wish:
                 try:
-                    model, header = load_model(self.ckpts[wish['ckpt']], self.device)
+                    model, header = load(self.ckpts[wish['ckpt']], self.device)
                 except (BadInput, OSError) as e:
                     if model is None:
                         raise
@@ -608,7 +616,7 @@ def main(cfg):
     cfg.fps = cfg.fps or (25 if cfg.live else 8)
     if cfg.live:
         return live(cfg, device, dtype)
-    model, header = load_model(cfg.ckpt, device)
+    model, header = load(cfg.ckpt, device)
     model = model.to(dtype).eval()
     if cfg.riflex:
         model.riflex = header['frames'], cfg.window or header['frames']

@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 700, 'camera.py': 200, 'data.py': 500, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 350,
+BUDGET = {'model.py': 940, 'camera.py': 220, 'data.py': 610, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 350,
           'distill_dmd.py': 400, 'stream.py': 660}
 
 
@@ -19,7 +19,7 @@ def read(name):
 def test_line_budgets():
     lines = {name: len(read(name).splitlines()) for name in BUDGET}
     over = {k: v for k, v in lines.items() if v > BUDGET[k]}
-    assert not over and sum(lines.values()) <= 3200, lines
+    assert not over and sum(lines.values()) <= 3600, lines
     assert {os.path.basename(f) for f in glob.glob(f'{ROOT}/*.py')} <= set(BUDGET)
 
 

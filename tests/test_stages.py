@@ -146,6 +146,18 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
             assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
 
+def test_prope_from_a_base_model_to_a_walk_beyond_its_window(data, chain, tmp_path):
+    run('finetune_camera.py', '--data', data, '--init', f'{chain}/base.safetensors', '--camera', 'prope', '--steps', 2, '--out', tmp_path, *SMALL)
+    run('train_ar.py', '--data', data, '--init', tmp_path / 'camera.safetensors', '--steps', 2, '--out', tmp_path, *SMALL)
+    run('stream.py', '--ckpt', tmp_path / 'ar.safetensors', '--keys', 'w*8,wl*4', '--steps', 2, '--out', tmp_path / 'walk.mp4')
+    assert iio.imread(tmp_path / 'walk.mp4').shape[0] == 13
+    state, header = load_tensors(tmp_path / 'ar.safetensors')
+    assert header['model']['camera'] == 'prope' and state['blocks.0.self_attn.prope_o.weight'].abs().max() > 0
+    from model import load_model, save_wan
+    save_wan(str(tmp_path / 'wan'), load_model(f'{chain}/base.safetensors')[0])
+    assert 'does not say what clips' in run('stream.py', '--ckpt', tmp_path / 'wan', ok=False)
+
+
 def test_chunks_of_four(data, chain, tmp_path):
     run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 2, '--chunk', 4, *SMALL)
     out = tmp_path / 'walk.gif'
