@@ -33,7 +33,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, move, rays, relative
+from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, minwm_poses, move, rays, relative
 from model import embed_text, save_tensors
 
 
@@ -48,7 +48,7 @@ class Config:
     height: int = 64
     width: int = 64
     map: str = 'my_way_home'      # doom: a map that ships with ViZDoom
-    videos: str = ''              # folder: where the videos and their poses are
+    videos: str = ''              # folder: where the videos and their poses are, or minWM's input JSON
     stride: int = 1               # folder: every so many-th frame
     pose_scale: float = 0.0       # folder: metres in a unit of the poses; -1: unknown, make a mean step 0.15 m in each video
     seed: int = 0
@@ -315,23 +315,40 @@ def load_frames(path, indices=None):
     return np.stack([frames[i] for i in indices])
 
 
+def list_videos(folder):
+    """(path of the video, function that reads its (c2w, K), caption) of all in a folder; or of minWM's input JSON, a list of
+    {"caption", "pose_str": "w-8, right-11"}, a unit a latent, beside videos/000000_w8right11/gen.mp4: its pose i is frame 4 i's."""
+    if folder.endswith('.json'):
+        with open(folder) as f:
+            entries = json.load(f)
+        for i, entry in enumerate(entries):
+            keys = entry['pose_str'].lower().replace(' ', '').replace('-', '*')
+            slug = ''.join(c for c in keys if c.isalnum())
+            for word, key in (('up', 'i'), ('down', 'k'), ('right', 'l'), ('left', 'j')):
+                keys = keys.replace(word, key)
+            read = lambda keys=keys: (minwm_poses(keys).repeat_interleave(4, 0), torch.tensor([.505051, .897868, .5, .5]).expand(10 ** 4, 4))
+            yield f'{os.path.dirname(folder)}/videos/{i:06d}_{slug}/gen.mp4', read, entry.get('caption', '')
+        return
+    for name in sorted({os.path.splitext(f)[0] for f in os.listdir(folder)}) if os.path.isdir(folder) else ():
+        caption, path = f'{folder}/{name}.caption', f'{folder}/{name}.mp4' if os.path.exists(f'{folder}/{name}.mp4') else f'{folder}/{name}'
+        poses = f'{folder}/{name}.txt' if os.path.exists(f'{folder}/{name}.txt') else f'{folder}/{name}.json'
+        yield path, functools.partial(load_poses, poses), open(caption).read().strip() if os.path.exists(caption) else ''
+
+
 @functools.lru_cache(maxsize=1)
 def find_videos(folder, span):
-    """([(path, c2w, K or None)] of the videos with a pose for each of at least `span` frames, [why others were skipped])."""
+    """([(path, c2w, K or None, caption)] of the videos with a pose for each of at least `span` frames, [why not the others])."""
     good, bad = [], []
-    for name in sorted({os.path.splitext(f)[0] for f in os.listdir(folder)}) if os.path.isdir(folder) else ():
-        path = next((p for p in (f'{folder}/{name}.mp4', f'{folder}/{name}') if os.path.exists(p)), '')
-        poses = next((p for p in (f'{folder}/{name}.txt', f'{folder}/{name}.json') if os.path.exists(p)), '')
+    for path, read, caption in list_videos(folder):
         try:
-            if not path or not poses:
-                raise BadInput(f'{folder}/{name}: ' + ('no poses: name.txt or name.json' if path else 'no video: name.mp4 or a folder of frames'))
-            c2w, K = load_poses(poses)
-            n = load_frames(path)
+            if not os.path.exists(path):
+                raise BadInput(f'{path}: no such video, nor a folder of pictures')
+            (c2w, K), n = read(), load_frames(path)
             if n > len(c2w):
-                raise BadInput(f'{path}: {n} frames, but {poses} has {len(c2w)} poses')
+                raise BadInput(f'{path}: {n} frames, but {len(c2w)} poses')
             if n < span:
                 raise BadInput(f'{path}: {n} frames, {span} are wanted')
-            good.append((path, c2w[:n], K))
+            good.append((path, c2w[:n], K, caption))
         except (BadInput, OSError, ValueError) as e:
             bad.append(str(e))
     return good, bad
@@ -344,8 +361,9 @@ def folder_clips(cfg, split, indices):
     mine = [v for i, v in enumerate(videos) if (i % 10 == 9 or i == len(videos) - 1) == bool(split)] if len(videos) > 1 else videos
     for i in indices:
         r = np.random.default_rng([cfg.seed, 5 + split, i])
-        path, c2w, K = mine[int(r.integers(len(mine)))]
-        window = int(r.integers(len(c2w) - span + 1)) + cfg.stride * np.arange(cfg.frames)
+        path, c2w, K, caption = mine[int(r.integers(len(mine)))]
+        start = int(r.integers(len(c2w) - span + 1))
+        window = (start - start % cfg.stride if cfg.videos.endswith('.json') else start) + cfg.stride * np.arange(cfg.frames)
         picture = torch.from_numpy(load_frames(path, window.tolist())).movedim(-1, 1).float()
         H, W = picture.shape[2:]
         h, w = min(H, W * cfg.height / cfg.width) / H, min(W, H * cfg.width / cfg.height) / W       # the crop, as fractions
@@ -356,8 +374,7 @@ def folder_clips(cfg, split, indices):
         c2w = relative(c2w[None, window])[0]
         c2w[:, :3, 3] *= scale
         clips.append((picture.round().clamp(0, 255).byte().movedim(1, -1), c2w, crop_intrinsics(K, x / W, y / H, cols / W, rows / H)))
-        caption = os.path.splitext(path)[0] + '.caption'
-        captions.append(open(caption).read().strip() if os.path.exists(caption) else '')
+        captions.append(caption)
     frames, c2w, K = (torch.stack(v) for v in zip(*clips))
     return dict(frames=frames, c2w=c2w, K=K), captions
 
@@ -430,6 +447,8 @@ def make(cfg):
     if cfg.world == 'folder':
         if not cfg.pose_scale:
             raise BadInput('--world folder: say what a unit of the poses is: --pose_scale METRES, or -1 where nobody knows')
+        if cfg.videos.endswith('.json') and cfg.stride % 4:
+            raise BadInput(f'--stride {cfg.stride}: the poses of minWM belong to every fourth frame: use --stride 4')
         good, bad = find_videos(cfg.videos, (cfg.frames - 1) * cfg.stride + 1)
         print(f'{cfg.videos}: {len(good)} videos, {len(bad)} skipped', *bad, sep='\n  ')
         if not good:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from camera import BadInput, crop_intrinsics, invert, keys_to_poses, relative
+from camera import BadInput, crop_intrinsics, invert, keys_to_poses, minwm_poses, relative
 from conftest import run
 from data import Clips, Config, decode, find_videos, folder_clips, load_frames, load_poses, psnr
 
@@ -69,6 +69,21 @@ def test_frames_windows_and_crops(folder):
     assert free.diff(dim=0).norm(dim=1).mean() == pytest.approx(.15, abs=1e-4)
 
 
+def test_minwm_input_json(tmp_path):
+    """A unit of its strings is a latent, so pose i is that of frame 4 i."""
+    entries = [{'caption': 'a hall', 'pose_str': 'w-2, right-2'}, {'caption': 'gone', 'pose_str': 's-4'}]
+    (tmp_path / 'input.json').write_text(json.dumps(entries))
+    (tmp_path / 'videos/000000_w2right2').mkdir(parents=True)
+    iio.imwrite(tmp_path / 'videos/000000_w2right2/gen.mp4', gradient(17, 32, 32), fps=16, codec='libx264')
+    find_videos.cache_clear()
+    cfg = Config(world='folder', videos=str(tmp_path / 'input.json'), frames=5, stride=4, pose_scale=1.0, height=32, width=32)
+    clips, captions = folder_clips(cfg, 0, [0])
+    torch.testing.assert_close(clips['c2w'][0], minwm_poses('w*2,l*2'), rtol=0, atol=1e-6)
+    assert captions == ['a hall'] and len(find_videos(cfg.videos, 17)[1]) == 1
+    wrong = run('data.py', '--world', 'folder', '--videos', tmp_path / 'input.json', '--pose_scale', 1, '--out', tmp_path / 'x', ok=False)
+    assert 'use --stride 4' in wrong
+
+
 def test_what_does_not_fit_is_skipped_and_named(folder, tmp_path):
     frames = gradient(6, 16, 16)
     for name in ('short', 'few', 'bad', 'nan', 'none', 'line'):
@@ -85,7 +100,7 @@ def test_what_does_not_fit_is_skipped_and_named(folder, tmp_path):
     find_videos.cache_clear()
     good, bad = find_videos(str(tmp_path), 5)
     assert not good and len(bad) == 6
-    for part in ('short.mp4: 3 frames, 5 are wanted', 'few.mp4: 6 frames, but', 'bad.json: pose 0 is not', 'nan.txt: pose', 'none: no poses',
+    for part in ('short.mp4: 3 frames, 5 are wanted', 'few.mp4: 6 frames, but 4 poses', 'bad.json: pose 0 is not', 'nan.txt: pose', 'none.json: not a list',
                  'line.txt, line 4: 3 numbers'):
         assert any(part in b for b in bad), (part, bad)
 
