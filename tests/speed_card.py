@@ -1,7 +1,7 @@
 """
 The README's speed table, written by one command between its two marks:
 
-    python tests/speed_card.py checkpoints/ar.safetensors:48,16 checkpoints/home.safetensors:4,2,1
+    python tests/speed_card.py checkpoints/ar.safetensors:48,8 checkpoints/home.safetensors:4,2,1
 
 Each row is `stream.py --bench` in a process of its own. Then the same frames by a naive loop over the same weights (no
 cache of the prompt, a key-value cache that is concatenated anew, tables and camera made at every call), and with one
@@ -30,7 +30,7 @@ class Concatenated:
     """A KV cache as one first writes it."""
 
     def __init__(self, prompt):
-        self.prompt, self.kv, self.new, self.end = [None] * 99 if prompt else None, {}, {}, 0
+        self.prompt, self.kv, self.new, self.end, self.gone = [None] * 99 if prompt else None, {}, {}, 0, 0
 
     @property
     def text(self):
