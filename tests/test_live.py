@@ -258,21 +258,29 @@ class Browser:
             f.write(base64.b64decode(self.call('Page.captureScreenshot', format='png')['data']))
 
 
+@contextlib.contextmanager
+def chrome(folder):
+    """The DevTools port of a headless chromium."""
+    p = subprocess.Popen([CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', '--remote-allow-origins=*',
+                          '--window-size=1000,960', f'--user-data-dir={folder}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        began = time.time()
+        while not (folder / 'DevToolsActivePort').exists():
+            assert time.time() < began + 60 and p.poll() is None, 'chromium did not start'
+            time.sleep(.1)
+        time.sleep(.5)
+        yield int((folder / 'DevToolsActivePort').read_text().split()[0])
+    finally:
+        p.kill()
+        p.wait()
+
+
 @pytest.fixture(scope='module')
 def chromium(tmp_path_factory):
     if not CHROMIUM:
         pytest.skip('no chromium here')
-    folder = tmp_path_factory.mktemp('chromium')
-    p = subprocess.Popen([CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', '--remote-allow-origins=*',
-                          '--window-size=1000,960', f'--user-data-dir={folder}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    began = time.time()
-    while not (folder / 'DevToolsActivePort').exists():
-        assert time.time() < began + 60 and p.poll() is None, 'chromium did not start'
-        time.sleep(.1)
-    time.sleep(.5)
-    yield int((folder / 'DevToolsActivePort').read_text().split()[0])
-    p.kill()
-    p.wait()
+    with chrome(tmp_path_factory.mktemp('chromium')) as debug:
+        yield debug
 
 
 @pytest.fixture
