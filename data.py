@@ -5,18 +5,21 @@ Worlds, codecs, captions, clips on disk, batches.
     python data.py --world lowpoly --plans 1        # one plan to live in; the held-out clips are new paths through it
     python data.py --world doom                     # a real game: pip install vizdoom
     python data.py --world folder --videos DIR --pose_scale 1      # your own: name.mp4 (or a folder of frames) + name.txt or .json
+    ... --wan Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --frames 81     # as Wan's own latents and prompt embeddings
 
 writes data/<world>/: a manifest.json, train and val shards (safetensors, read by memory map) and a contact sheet.
-A shard holds, for n clips of F frames (one frame is one latent frame):
+A shard holds, for n clips of F latent frames (one is one picture; with --wan every fourth is):
 
     latents (n, F, 16, H / 8, W / 8) float16      what the network sees        c2w (n, F, 4, 4) float32, any world frame
     K       (n, 4) float32                        normalised fx, fy, cx, cy    plan, palette (n,) int64 (lowpoly)
     frames  (n, F, H, W, 3) uint8                 val shards only: the truth   header: {"captions": [...]}
+    text    (n, tokens, text_dim) bfloat16        --wan only                   frames of --wan: (n, 4 F - 3, H, W, 3)
 
 World frame: OpenCV axes as in camera.py, the floor at y = 0, the camera 1 m above it.
 """
 import argparse
 import functools
+import html
 import json
 import math
 import os
@@ -52,6 +55,7 @@ class Config:
     stride: int = 1               # folder: every so many-th frame
     pose_scale: float = 0.0       # folder: metres in a unit of the poses; -1: unknown, make a mean step 0.15 m in each video
     seed: int = 0
+    wan: str = ''                 # folder with Wan2.1's vae, text_encoder and tokenizer, as diffusers keeps them; empty: no weights
     workers: int = 0              # processes; 0: one a core
 
 # -----------------------------------------------------------------------------
@@ -363,7 +367,7 @@ def folder_clips(cfg, split, indices):
         r = np.random.default_rng([cfg.seed, 5 + split, i])
         path, c2w, K, caption = mine[int(r.integers(len(mine)))]
         start = int(r.integers(len(c2w) - span + 1))
-        window = (start - start % cfg.stride if cfg.videos.endswith('.json') else start) + cfg.stride * np.arange(cfg.frames)
+        window = (start - start % 4 if cfg.videos.endswith('.json') else start) + cfg.stride * np.arange(cfg.frames)
         picture = torch.from_numpy(load_frames(path, window.tolist())).movedim(-1, 1).float()
         H, W = picture.shape[2:]
         h, w = min(H, W * cfg.height / cfg.width) / H, min(W, H * cfg.width / cfg.height) / W       # the crop, as fractions
@@ -431,6 +435,93 @@ def decode(z):
     x = torch.einsum('uh,...kuv,ck,vw->...hwc', rows, y.flatten(-4, -3).flatten(-2), YCC.inverse().to(z.device), cols)
     return (x + .5).clamp(0, 1)
 
+
+class Dct:
+    """The embedded codec, and captions embedded without weights: what `find_codec` gives for most clips."""
+    stride, encode, decode = 1, staticmethod(encode), staticmethod(decode)
+
+    def stream(self):
+        """A function that decodes a video chunk by chunk."""
+        return decode
+
+    def embed(self, captions, cfg):
+        return embed_text(captions, cfg.text_len, cfg.text_dim)
+
+# -----------------------------------------------------------------------------
+# codec "wan": Wan2.1's own autoencoder and text encoder, through diffusers and transformers
+
+class Wan:
+    """The same of Wan2.1. The first latent is one picture, every further one is four: latent i shows picture 4 i last, and
+    the pose of that picture is its pose. The autoencoder computes in float32, the text encoder in bfloat16."""
+    stride = 4
+
+    def __init__(self, folder, device='cpu'):
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError:
+            raise BadInput('Wan\'s autoencoder needs packages: pip install -r requirements-wan.txt') from None
+        if not os.path.exists(f'{folder}/vae/config.json'):
+            raise BadInput(f'--wan {folder}: no vae/config.json there: name a folder such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers')
+        self.folder, self.device = folder, device
+        self.vae = AutoencoderKLWan.from_pretrained(f'{folder}/vae', low_cpu_mem_usage=False).float().to(device).eval().requires_grad_(False)
+        shape = lambda x: torch.tensor(x, device=device).view(-1, 1, 1, 1)
+        self.mean, self.std = shape(self.vae.config.latents_mean), shape(self.vae.config.latents_std)
+        self.slots = sum(type(m).__name__ == 'WanCausalConv3d' for m in self.vae.decoder.modules())
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """Pictures (B, 4 F - 3, H, W, 3), uint8 or float in [0, 1] -> latents (B, F, 16, H / 8, W / 8), one clip at a time."""
+        x = frames.float() / 255 if frames.dtype == torch.uint8 else frames
+        z = [self.vae.encode(v.to(self.device).movedim(-1, 0)[None] * 2 - 1).latent_dist.mode() for v in x]          # (1, 16, F, h, w)
+        return ((torch.cat(z) - self.mean) / self.std).movedim(2, 1)
+
+    def decode(self, z):
+        """Latents (B, F, 16, h, w) of whole videos -> pictures (B, 4 F - 3, 8 h, 8 w, 3), float32 in [0, 1]."""
+        return torch.cat([self.stream()(v[None]) for v in z])
+
+    def stream(self):
+        """A function that decodes one video chunk by chunk: (B, n, 16, h, w) -> (B, 4 n, 8 h, 8 w, 3), 4 n - 3 the first time. Each
+        causal convolution keeps its last two inputs between the calls."""
+        cache, begun = [None] * self.slots, []
+
+        @torch.no_grad()
+        def decode(z):
+            z, out = self.vae.post_quant_conv(z.to(self.device).movedim(1, 2).float() * self.std + self.mean), []
+            for i in range(z.shape[2]):
+                out.append(self.vae.decoder(z[:, :, i:i + 1], feat_cache=cache, feat_idx=[0], first_chunk=not begun))
+                begun.append(True)
+            return (torch.cat(out, 2).clamp(-1, 1).movedim(1, -1) + 1) / 2
+        return decode
+
+    @functools.cached_property
+    def text_encoder(self):
+        from transformers import AutoTokenizer, UMT5EncoderModel
+        return AutoTokenizer.from_pretrained(f'{self.folder}/tokenizer'), UMT5EncoderModel.from_pretrained(
+            f'{self.folder}/text_encoder', dtype=torch.bfloat16).to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def embed(self, captions, cfg=None):
+        """(B, tokens of the longest caption or cfg.text_len, text_dim) of UMT5, 0 behind each caption's end."""
+        tokenizer, encoder = self.text_encoder
+        captions = [' '.join(html.unescape(html.unescape(c)).split()) for c in captions]
+        told = tokenizer(captions, padding='longest', truncation=True, max_length=512, return_tensors='pt').to(self.device)
+        out = encoder(told.input_ids, told.attention_mask).last_hidden_state * told.attention_mask[..., None]
+        return out if cfg is None else pad_text(out, cfg)
+
+
+def pad_text(text, cfg):
+    """Embedded captions (..., tokens, text_dim) -> (..., text_len, text_dim) float32."""
+    if text.shape[-1] != cfg.text_dim:
+        raise BadInput(f'the captions are embedded as {text.shape[-1]} numbers a word, the model reads {cfg.text_dim}: its clips must be made by '
+                       'the text encoder it was trained with')
+    return F.pad(text[..., :cfg.text_len, :].float(), (0, 0, 0, max(0, cfg.text_len - text.shape[-2])))
+
+
+@functools.lru_cache(maxsize=2)
+def find_codec(folder='', device='cpu'):
+    """The codec of clips whose recipe has this `wan`."""
+    return Wan(folder, device) if folder else Dct()
+
 # -----------------------------------------------------------------------------
 # clips on disk
 
@@ -447,13 +538,15 @@ def make(cfg):
     if cfg.world == 'folder':
         if not cfg.pose_scale:
             raise BadInput('--world folder: say what a unit of the poses is: --pose_scale METRES, or -1 where nobody knows')
-        if cfg.videos.endswith('.json') and cfg.stride % 4:
-            raise BadInput(f'--stride {cfg.stride}: the poses of minWM belong to every fourth frame: use --stride 4')
+        if cfg.videos.endswith('.json') and not cfg.wan and cfg.stride % 4:
+            raise BadInput(f'--stride {cfg.stride}: the poses of minWM belong to every fourth frame: use --stride 4, or --wan')
         good, bad = find_videos(cfg.videos, (cfg.frames - 1) * cfg.stride + 1)
         print(f'{cfg.videos}: {len(good)} videos, {len(bad)} skipped', *bad, sep='\n  ')
         if not good:
             raise BadInput(f'--videos {cfg.videos}: no video with a pose for every frame; see data.py on what belongs there')
-    recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers')
+    if cfg.wan and (cfg.frames - 1) % 4:
+        raise BadInput(f'--frames {cfg.frames}: Wan\'s latents hold 1, 5, 9, 13 ... pictures')
+    recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers') and (k != 'wan' or cfg.wan)
               and (cfg.world == 'folder' or k not in ('videos', 'stride', 'pose_scale'))}
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
@@ -467,13 +560,14 @@ def make(cfg):
                                           ignore_cleanup_errors=True)        # gone again whatever happens
     except OSError as e:
         raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
-    jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + 50)))) for split, name, n in
-            ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, 50)]
-    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool:
-        shards, sheets, std = zip(*tqdm(pool.map(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
+    each = 8 if cfg.wan else 50
+    jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + each)))) for split, name, n in
+            ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, each)]
+    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool:     # Wan's networks are large: one process
+        shards, sheets, std = zip(*tqdm((map if cfg.wan else pool.map)(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
         iio.imwrite(f'{tmp.name}/sheet.png', sheets[0])
         with open(f'{tmp.name}/manifest.json', 'w') as f:
-            json.dump({'recipe': recipe, 'codec': 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
+            json.dump({'recipe': recipe, 'codec': 'wan' if cfg.wan else 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
         os.chmod(tmp.name, 0o755)
         os.replace(tmp.name, out)
     print('standard deviation of the latent channels:', *(f'{s:.2f}' for s in torch.stack(std).mean(0)))
@@ -483,10 +577,17 @@ def make(cfg):
 
 def _make_shard(job):
     cfg, folder, split, name, first, indices = job
-    torch.set_num_threads(1)
+    if cfg.wan:
+        codec = find_codec(cfg.wan, 'cuda' if torch.cuda.is_available() else 'cpu')
+    else:
+        torch.set_num_threads(1)
+        codec = find_codec()
     tensors, captions = WORLDS[cfg.world](cfg, split, indices)
-    z = tensors['latents'] = encode(tensors['frames']).half()
-    rows = torch.stack([tensors['frames'][:8, ::2], (decode(z[:8, ::2]) * 255).byte()])    # the codec's view below
+    tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
+    z = tensors['latents'] = codec.encode(tensors['frames']).half().cpu()
+    if cfg.wan:
+        tensors['text'] = codec.embed(captions).bfloat16().cpu()
+    rows = torch.stack([tensors['frames'][:8], (codec.decode(z[:8]).cpu() * 255).byte()])[:, :, ::2 * codec.stride]
     sheet = rearrange(rows, 'v b f h w c -> (b v h) (f w) c').numpy()
     if split == 0:
         del tensors['frames']
@@ -506,7 +607,7 @@ class Clips:
     """The clips of one split of a folder, read by memory map, one at a time; `keys` are the tensors of a clip."""
 
     def __init__(self, folder, split='train', keys=('latents', 'c2w', 'K')):
-        self.manifest, self.split, self.keys, self.rows, self.captions, self.files = load_manifest(folder), split, keys, [], [], []
+        self.manifest, self.split, self.rows, self.captions, self.files = load_manifest(folder), split, [], [], []
         for shard in self.manifest['shards']:
             if not shard['file'].startswith(split):
                 continue
@@ -523,12 +624,22 @@ class Clips:
             self.files.append(f)
         if not self.rows:
             raise BadInput(f'{folder}: no {split} clips: delete it and make it again')
+        self.embedded = 'text' in self.files[0].keys()
+        self.keys = (*keys, 'text') if self.embedded else keys
 
     __len__ = lambda self: len(self.rows)
 
     def read(self, i, keys=None):
         f, row = self.rows[i]
         return [self.files[f].get_slice(k)[row] for k in keys or self.keys]
+
+    def codec(self, device='cpu'):
+        return find_codec(self.manifest['recipe'].get('wan', ''), str(device))
+
+    def truth(self, n, frames):
+        """The pictures of the first `frames` latents of the first n held-out clips, (n, pictures, H, W, 3) in [0, 1]."""
+        pictures = 1 + (frames - 1) * (Wan if 'wan' in self.manifest['recipe'] else Dct).stride
+        return torch.stack([self.read(i, ['frames'])[0][:pictures] for i in range(n)]).float() / 255
 
 
 @dataclass
@@ -555,14 +666,14 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         if len(z) < frames:
             raise BadInput(f'the clips have {len(z)} frames, {frames} are asked for: use fewer --frames or longer clips')
         a = int(r.integers(len(z) - frames + 1)) if train else 0
-        rows.append((z[a:a + frames].float(), c2w[a:a + frames], K.expand(frames, 4), clips.captions[i],
+        text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
+        rows.append((z[a:a + frames].float(), c2w[a:a + frames], K.expand(frames, 4), clips.captions[i], text,
                      torch.from_numpy(r.standard_normal((frames, *z.shape[1:]), dtype=np.float32)),
                      torch.from_numpy(r.random(2 * frames + 4, dtype=np.float32)), *more))
-    z, c2w, K, captions, eps, u, *more = zip(*rows)
+    z, c2w, K, captions, text, eps, u, *more = zip(*rows)
     to = lambda x: torch.stack(x).to(device)
     camera = Camera(relative(torch.stack(c2w)).to(device), to(K))
-    return Batch(to(z), camera, embed_text(captions, cfg.text_len, cfg.text_dim).to(device), to(eps), to(u),
-                 captions, tuple(to(x) for x in more))
+    return Batch(to(z), camera, to(text), to(eps), to(u), captions, tuple(to(x) for x in more))
 
 
 def noise_for(seeds, shape, device):
@@ -603,9 +714,12 @@ def frechet(a, b):
     return ((x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
 
 
-def write_strip(path, *videos, scale=2):
-    """PNG with the rows videos[0][b], videos[1][b], ... for each b; each video (B, F, H, W, 3) in [0, 1]."""
-    picture = rearrange(torch.stack(videos), 'v b f h w c -> (b v h) (f w) c').clamp(0, 1).mul(255).round().byte().cpu()
+def write_strip(path, *videos, scale=2, most=17):
+    """PNG with the rows videos[0][b], videos[1][b], ... for each b; each video (B, F, H, W, 3) in [0, 1]. Of more than
+    `most` frames, as many at equal distances."""
+    length = videos[0].shape[1]
+    shown = torch.linspace(0, length - 1, min(length, most)).round().long()
+    picture = rearrange(torch.stack([v[:, shown] for v in videos]), 'v b f h w c -> (b v h) (f w) c').clamp(0, 1).mul(255).round().byte().cpu()
     tmp = f'{path}.tmp{os.getpid()}.png'
     iio.imwrite(tmp, picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
     os.replace(tmp, path)
@@ -617,5 +731,5 @@ if __name__ == '__main__':
         p.add_argument(f'--{f.name}', type=f.type, default=f.default, help=f'(default: {f.default})')
     try:
         make(Config(**vars(p.parse_args())))
-    except BadInput as e:
+    except (BadInput, OSError) as e:
         sys.exit(f'error: {e}')

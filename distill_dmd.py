@@ -14,7 +14,7 @@ Out: out/dmd.safetensors, the best by Fréchet distance, and out/dmd.last.safete
     torchrun --nproc_per_node=8 distill_dmd.py --batch 64                                 # eight
 
 Different from minWM: 1) both scores are told the true time; 2) masters in float32; 3) the data's frame 0 is given, carries
-no gradient and no loss; 4) gradients are averaged over processes by hand: no wrapper sees the many calls of a rollout.
+no gradient and no loss; 4) gradients are averaged over processes by hand: DDP would not see the many calls of a rollout (FSDP does).
 """
 import argparse
 import json
@@ -29,11 +29,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from camera import BadInput, Camera, relative
-from data import Clips, decode, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
+from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
-from model import (add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
-                   pick_device, rollout, sample_clip, save_model, save_resume, schedule, shift_time, teacher_forced,
-                   update_ema, v_to_x0)
+from model import (DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
+                   pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard, shift_time, teacher_forced,
+                   update_ema, v_to_x0, whole)
 
 
 @dataclass
@@ -68,6 +68,9 @@ class Config:
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
+    shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights of all three networks
+    offload: bool = False         # fsdp: the frozen real score waits in the processor's memory
+    checkpoint: bool = False      # the critic keeps one activation a block and computes the others again
     log_every: int = 10           # steps between log lines
     save_every: int = 50          # steps between resume checkpoints
     eval_every: int = 20          # steps between evaluations, which choose the best
@@ -175,7 +178,8 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
     n = min(64, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device, whole=before > 0)
     path = there_and_back(batch.x0.shape[1], before + cfg.frames)
-    truth, c2w, K = decode(batch.x0[:, path]), batch.camera.c2w[:, path], batch.camera.K[:, path]
+    decode, c2w, K = clips.codec(device).decode, batch.camera.c2w[:, path], batch.camera.K[:, path]
+    truth = decode(batch.x0[:, path])
     if bidirectional:
         walk = decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1]))
         return numbers(walk, truth)
@@ -187,14 +191,13 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
             model, cameras, batch.text, schedule(cfg.student_steps, model.cfg.shift),
             noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device),
             batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True, context=cfg.context)), 1))
-    walk, last = generate(c2w), min(7, len(path) - 1)
+    walk, last = generate(c2w), min(7, truth.shape[1] - 1)
     metrics = numbers(walk, truth)
     metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(c2w.roll(-1, 0)), truth).mean(0)[last].item()
     if before:
-        metrics[f'psnr@{len(path) - 1}'] = psnr(walk, truth).mean(0)[-1].item()
+        metrics[f'psnr@{truth.shape[1] - 1}'] = psnr(walk, truth).mean(0)[-1].item()
     if strip:
-        shown = torch.linspace(0, len(path) - 1, cfg.frames).round().long()
-        write_strip(strip, truth[:6, shown], walk[:6, shown])
+        write_strip(strip, truth[:6], walk[:6], most=cfg.frames)
     return metrics
 
 # -----------------------------------------------------------------------------
@@ -224,12 +227,12 @@ def step_on(loss_of, net, opt, cfg, world):
         (loss / cfg.accum).backward()
         out.append([loss.detach(), *more])
     params = [p for p in net.parameters() if p.grad is not None]
-    if world > 1:
+    if world > 1 and cfg.shard == 'ddp':
         flat = torch.cat([p.grad.flatten() for p in params]) / world
         dist.all_reduce(flat)
         for p, g in zip(params, flat.split([p.numel() for p in params])):
             p.grad.copy_(g.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
     opt.step()
     opt.zero_grad(set_to_none=True)
     return out, norm
@@ -258,12 +261,21 @@ def main(cfg, stage):
     # -------------------------------------------------------------------------
     # networks, optimizers, resume
     nets = start_nets(cfg, device, say)
+    nets['fake'].checkpoint, path, best = cfg.checkpoint, f'{cfg.out}/{stage}', float('inf')
+    if rank == 0 and not os.path.exists(f'{path}.resume.safetensors'):          # is there anything to teach?
+        real, student = (evaluate(nets[k], cfg, held_out, device, bidirectional=k == 'real') for k in ('real', 'generator'))
+        ok = real['fd'] < student['fd'] and abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
+        say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
+            f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}'
+            + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
+    if world > 1 and cfg.shard != 'ddp':
+        for name, net in nets.items():
+            shard(net, cfg.shard, cfg.offload and name == 'real')
     model, both = nets['generator'], torch.nn.ModuleDict({k: nets[k] for k in ('generator', 'fake')})
     optimizers = [torch.optim.AdamW(nets[k].parameters(), lr=lr, betas=(0., .999), weight_decay=.01)
                   for k, lr in (('generator', cfg.lr), ('fake', cfg.critic_lr))]
-    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'log_every', 'save_every')}
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'offload', 'checkpoint', 'log_every', 'save_every')}
     ema = {k: v.clone() for k, v in model.state_dict().items()}
-    path, best = f'{cfg.out}/{stage}', float('inf')
     start = load_resume(f'{path}.resume.safetensors', both, ema, optimizers, config)
     if start:
         say(f'go on from {path}.resume.safetensors, step {start}')
@@ -278,12 +290,6 @@ def main(cfg, stage):
         lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
         log = open(f'{path}.jsonl', 'w')
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
-        if not start:                                                         # is there anything to teach?
-            real, student = evaluate(nets['real'], cfg, held_out, device, bidirectional=True), evaluate(model, cfg, held_out, device)
-            ok = real['fd'] < student['fd'] and abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
-            say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
-                f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}'
-                + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
 
     def run(update, name, loss_fn):
         """Update number `update` of the run, on its own clips and noise."""
@@ -291,6 +297,8 @@ def main(cfg, stage):
             first = (rank * cfg.accum + i) * micro
             batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, model.cfg, cfg.seed, device, whole=cfg.before > 0)
             index = [(cfg.seed, update, j) for j in range(first, first + micro)]
+            if hasattr(model, 'unshard'):
+                model.unshard()                                               # rollout embeds cameras outside of a forward pass
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return loss_fn(nets, cfg, batch, index)
         return step_on(loss_of, nets[name], optimizers[name == 'fake'], cfg, world)
@@ -307,7 +315,7 @@ def main(cfg, stage):
         out, norm = run(n, 'generator', generator_loss)
         update_ema(ema, model, cfg.ema, step)
         critic = [run(n + 1 + i, 'fake', critic_loss) for i in range(cfg.critic)]
-        dream, truth = (decode(torch.cat([o[k] for o in out])) for k in (1, 3))
+        dream, truth = (clips.codec(device).decode(torch.cat([o[k] for o in out])) for k in (1, 3))
         sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[2] for o in out).item() / cfg.accum, norm,
                      np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
                      *vigour(dream, truth).values()])
@@ -323,17 +331,17 @@ def main(cfg, stage):
                 log.flush()
             sums, began = [], time.time()
         last = step + 1 == cfg.steps
-        if rank == 0 and ((step + 1) % cfg.eval_every == 0 or last):
-            raw = {k: v.clone() for k, v in model.state_dict().items()}
-            model.load_state_dict(ema)
-            metrics = evaluate(model, cfg, held_out, device, f'{path}.png', before=cfg.before)
-            model.load_state_dict(raw)
+        state = {k: whole(v) for k, v in ema.items()} if (step + 1) % cfg.eval_every == 0 or last else None
+        if rank == 0 and state:
+            student = DiT(model.cfg).to(device)
+            student.load_state_dict(state)
+            metrics = evaluate(student, cfg, held_out, device, f'{path}.png', before=cfg.before)
             tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
             for name in [path] * (metrics['fd'] < best) + [f'{path}.last'] * last:
-                save_model(f'{name}.safetensors', ema, model.cfg, stage=stage, step=step + 1, seed=cfg.seed, metrics=metrics,
+                save_model(f'{name}.safetensors', state, model.cfg, stage=stage, step=step + 1, seed=cfg.seed, metrics=metrics,
                            frames=cfg.frames, context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))
             best = min(best, metrics['fd'])
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or last):
+        if (step + 1) % cfg.save_every == 0 or last:
             save_resume(f'{path}.resume.safetensors', both, ema, optimizers, step + 1, config)
 
     # -------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from camera import BadInput, Camera
-from data import Clips, decode, get_batch, load_manifest, make, noise_for, psnr, write_strip
+from data import Clips, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, gate, learning_rate, load_model,
                    load_resume, make_optimizers, pick_device, rollout, save_model, save_resume, save_tensors,
@@ -171,6 +171,8 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
                 states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
                                     range(0, cfg.teacher_steps, every), cfg.teacher == 'causal')
             tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), states=states.half())
+            if clips.embedded:
+                tensors['text'] = batch.text[:, :(batch.text != 0).any(2).sum(1).max()].bfloat16()
             save_tensors(f'{folder}/{name}', {k: v.cpu() for k, v in tensors.items()}, {'captions': batch.captions})
     if world > 1:
         dist.barrier()
@@ -187,8 +189,8 @@ def evaluate(model, cfg, clips, device, strip=None):
     n = min(64, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
     sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
-    truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255
-    last, metrics = min(7, cfg.frames - 1), {}
+    truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode
+    last, metrics = min(7, truth.shape[1] - 1), {}
 
     def generate(c2w, steps):
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))

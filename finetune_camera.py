@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from camera import BadInput, Camera
-from data import Clips, decode, get_batch, make, psnr, write_strip
+from data import Clips, get_batch, make, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shard, shift_time,
@@ -102,8 +102,8 @@ def evaluate(model, cfg, clips, device, strip=None):
 
     def generate(camera):
         return decode(sample_clip(model, batch.eps, batch.text, camera, times, batch.x0[:, :1]))
-    truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255
-    last = min(7, cfg.frames - 1)
+    truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode
+    last = min(7, truth.shape[1] - 1)
     walk = generate(batch.camera if cfg.camera != 'none' else None)
     if cfg.camera != 'none':
         wrong = generate(Camera(batch.camera.c2w.roll(-1, 0), batch.camera.K))

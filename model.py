@@ -647,9 +647,9 @@ def make_optimizers(model, lr, muon=True, betas=(0.9, 0.99), weight_decay=0.01):
     return opts
 
 
-def shard(model, how):
+def shard(model, how, offload=False):
     """The model as this process trains it: as it is when alone; under DDP; or (fsdp) with weights, gradients and optimizer state
-    split over all processes, block by block (FSDP2)."""
+    split over all processes, block by block (FSDP2); with offload they wait in the processor's memory."""
     if how not in ('ddp', 'fsdp'):
         raise BadInput(f'--shard {how}: choose ddp or fsdp')
     if not dist.is_initialized():
@@ -658,10 +658,11 @@ def shard(model, how):
         net = DistributedDataParallel(model)
         net.cfg = model.cfg
         return net
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    policy = {'offload_policy': CPUOffloadPolicy(pin_memory=torch.cuda.is_available())} if offload else {}
     for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, **policy)
+    return fully_shard(model, **policy)
 
 
 def sync_gradients(net, on):

@@ -35,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, move, parse_keys, pose_error, poses_to_keys,
+from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys,
                     rays, relative)
-from data import (ARENA, Clips, Lowpoly, decode, encode, frechet, free, load_poses, lowpoly_clips, make_plan, motion, noise_for, psnr,
-                  sharpness, write_strip)
+from data import (ARENA, Clips, Lowpoly, find_codec, frechet, free, load_manifest, load_poses, lowpoly_clips, make_plan, motion, noise_for,
+                  psnr, sharpness, write_strip)
 from data import Config as DataConfig
-from model import chunk_ids, embed_text, load_model, pick_device, rollout, schedule
+from model import chunk_ids, load_model, pick_device, rollout, schedule
 
 
 @dataclass
@@ -71,28 +71,30 @@ class Config:
     frames: int = 0               # frames of a scored path (0: as trained), or of the timing (0: 2,100)
     paths: int = 64               # scored paths
     bench: str = ''               # file for the timings
-    data: str = 'data/doom'       # doom: folder with the held-out clips (lowpoly's are rendered anew)
+    data: str = ''                # folder with the held-out clips (lowpoly's are rendered anew); empty: data/doom
     device: str = 'auto'
     dtype: str = 'float32'        # float32 | bfloat16
 
 # -----------------------------------------------------------------------------
 # the world that a checkpoint was trained on
 
-def load(path, device):
-    """(DiT, header) of a checkpoint that says what world it knows."""
+def load(path, device, data=''):
+    """(DiT, header, codec) of a checkpoint that says what world it knows; one from elsewhere is shown that of the folder `data`."""
     model, header = load_model(path, device)
     if 'data' not in header:
-        raise BadInput(f'{path}: it does not say what clips it was trained on; walk with a checkpoint that a stage here has written')
-    return model, header
+        if not data:
+            raise BadInput(f'{path}: it does not say what clips it was trained on: name a folder of clips like them, --data')
+        header['data'] = load_manifest(data)
+    return model, header, find_codec(header['data']['recipe'].get('wan', ''), str(device))
 
 
 def held_out(cfg, header, indices):
     """Held-out clips as data.py makes them: (dict of tensors with leading dim n, captions)."""
     recipe = header['data']['recipe']
-    if recipe['world'] == 'lowpoly':                                          # the same paths, however long they go on
+    if recipe['world'] == 'lowpoly' and 'wan' not in recipe:                  # the same paths, however long they go on
         frames = max(recipe['frames'], cfg.frames if cfg.score else 0)
         return lowpoly_clips(DataConfig(**recipe | {'frames': frames}), 1, indices)
-    clips = Clips(cfg.data, 'val')
+    clips = Clips(cfg.data or 'data/doom', 'val')
     keys = ('frames', 'c2w', 'K')
     rows = [clips.read(i % len(clips), keys) for i in indices]
     return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i % len(clips)] for i in indices]
@@ -118,19 +120,18 @@ DISTILLED = 'ode', 'ode-bidirectional', 'cd', 'dmd'
 def sampler(cfg, header, shift):
     """How `rollout` samples this checkpoint: Euler steps, or, after distillation, a few jumps with fresh noise between."""
     return dict(times=schedule(cfg.steps, shift), first_times=schedule(max(4, cfg.steps), shift), guidance=cfg.guidance,
-                renoise=header['stage'] in DISTILLED, window=cfg.window or header['frames'],
+                renoise=header['stage'] in DISTILLED or header['stage'] == 'wan' and cfg.steps <= 4, window=cfg.window or header['frames'],
                 context=cfg.context if cfg.context >= 0 else header.get('context', 0.0))
 
 
-def walk(model, cfg, header, c2w, K, captions, first, noise):
-    """Generator of pictures (B, n, H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
+def walk(model, cfg, header, codec, c2w, K, captions, first, noise):
+    """Pictures (B, F', H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
     the same rollout frame by frame."""
     m = model.cfg
     sizes = torch.bincount(chunk_ids(c2w.shape[1], m.chunk, m.first)).tolist()
     cameras = (Camera(a, K[:, None].expand(-1, a.shape[1], -1)) for a in c2w.split(sizes, 1))
-    text = embed_text(captions, m.text_len, m.text_dim).to(c2w.device)
-    for z in rollout(model, cameras, text, noise=noise, first=first, **sampler(cfg, header, m.shift)):
-        yield decode(z)
+    text = codec.embed(captions, m).to(c2w.device)
+    return codec.decode(torch.cat(list(rollout(model, cameras, text, noise=noise, first=first, **sampler(cfg, header, m.shift))), 1))
 
 
 def draw(picture, keys, scale):
@@ -166,23 +167,26 @@ def write_video(path, pictures, fps):
     os.replace(tmp, path)
 
 
-def walk_to_file(model, cfg, header, device):
+def walk_to_file(model, cfg, header, codec, device):
     recipe = header['data']['recipe']
     H, W = recipe['height'], recipe['width']
     world, captions = held_out(cfg, header, [cfg.clip])
-    path = load_poses(cfg.poses)[0] if cfg.poses else keys_to_poses(cfg.keys)
+    their_keys = header['stage'] == 'wan' and model.cfg.camera == 'prope'     # minWM's checkpoints know minWM's steps
+    path = load_poses(cfg.poses)[0] if cfg.poses else (minwm_poses if their_keys else keys_to_poses)(cfg.keys)
     path = relative(path[None])
     keys = [''] + (poses_to_keys(path[0]) if cfg.poses else parse_keys(cfg.keys))
     tail = (len(keys) - model.cfg.first) % model.cfg.chunk                    # a last, partial chunk is left out
     path, keys = path[:, :len(keys) - tail], keys[:len(keys) - tail]
+    if model.cfg.first > 1 and cfg.first != 'prompt':
+        raise BadInput(f'{cfg.ckpt} makes its first {model.cfg.first} latents together, from the prompt: use --first prompt')
     if cfg.first == 'prompt':
         first = None
     else:
         picture = world['frames'][:, 0] if cfg.first == 'world' else load_picture(cfg.first, H, W)
-        first = encode(picture)[:, None].to(device)
+        first = codec.encode(picture[:, None]).to(device)
     noise = noise_for([cfg.seed], (model.cfg.in_dim, H // 8, W // 8), device)
-    frames = torch.cat(list(walk(model, cfg, header, path.to(device), world['K'].to(device),
-                                 [cfg.prompt or captions[0]], first, noise)), 1)[0]
+    frames = walk(model, cfg, header, codec, path.to(device), world['K'].to(device), [cfg.prompt or captions[0]], first, noise)[0]
+    keys = keys[:1] + [k for k in keys[1:] for _ in range(codec.stride)]
     scale = max(1, 384 // H)
     pictures = [draw(x, k, scale) for x, k in zip((frames * 255).round().byte().cpu().numpy(), keys)]
     if cfg.truth:
@@ -279,20 +283,19 @@ def seen_mask(depth, c2w, K):
     return inside & (p.norm(dim=-1) < 1.05 * nearest.view(depth.shape) + .1)
 
 
-def score(model, cfg, header, device, find_poses=True):
+def score(model, cfg, header, codec, device, find_poses=True):
     """Walk held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
     recipe = header['data']['recipe']
     n = min(cfg.paths, recipe['val_clips'])
     world, captions = held_out(cfg, header, range(n))
     length = min(cfg.frames or header['frames'], world['c2w'].shape[1])
-    truth, c2w, K = world['frames'][:, :length].float() / 255, world['c2w'][:, :length], world['K']
-    z = encode(truth)
-    ceiling, first = decode(z), None if cfg.first == 'prompt' else z[:, :1].to(device)
+    truth, c2w, K = world['frames'][:, :1 + (length - 1) * codec.stride].float() / 255, world['c2w'][:, :length], world['K']
+    z = codec.encode(truth)
+    ceiling, first = codec.decode(z).cpu(), None if cfg.first == 'prompt' else z[:, :1].to(device)
 
     def generate(poses):
         noise = noise_for([cfg.seed * 1000 + i for i in range(n)], z.shape[2:], device)
-        return torch.cat(list(walk(model, cfg, header, relative(poses).to(device), K.to(device), captions,
-                                   first, noise)), 1).cpu()
+        return walk(model, cfg, header, codec, relative(poses).to(device), K.to(device), captions, first, noise).cpu()
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
     p = psnr(dream, truth)
     ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
@@ -300,13 +303,13 @@ def score(model, cfg, header, device, find_poses=True):
                psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
                psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
                psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
-               drift_db_per_frame=np.polyfit(range(1, length), p.mean(0)[1:].double(), 1)[0].item(),
+               drift_db_per_frame=np.polyfit(range(1, p.shape[1]), p.mean(0)[1:].double(), 1)[0].item(),
                fd=frechet(dream[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_ceiling=frechet(ceiling[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_features='4x4 means of RGB, luma gradient energy and its root')
     if first is None:                                                         # another world: only its kind can be compared
         out = {k: v for k, v in out.items() if not k.startswith(('psnr', 'drift'))}
-    elif recipe['world'] == 'lowpoly':
+    elif recipe['world'] == 'lowpoly' and codec.stride == 1:
         lowpoly = Lowpoly(world['plan'].tolist(), world['palette'].tolist())
         views = K[:, None].expand(-1, length, -1)
         seen = seen_mask(lowpoly.render(c2w, views, *truth.shape[2:4], edges=0)[1], c2w, K)
@@ -316,7 +319,7 @@ def score(model, cfg, header, device, find_poses=True):
             mse = (error * mask).mean((2, 3)) / share.clamp(min=1e-6)
             value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
             out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
-    if recipe['world'] == 'lowpoly' and find_poses and first is not None and length <= 17:   # further, the search is too wide
+    if recipe['world'] == 'lowpoly' and codec.stride == 1 and find_poses and first is not None and length <= 17:   # further, the search is too wide
         found = locate(lowpoly, torch.cat([x[:, 1:] for x in (truth, ceiling, dream)], 1),
                        torch.arange(1, length).repeat(3), c2w[:, 0], K)
         rot, trans = (x.view(n, 3, -1) for x in pose_error(found, c2w[:, 1:].repeat(1, 3, 1, 1)))
@@ -325,8 +328,7 @@ def score(model, cfg, header, device, find_poses=True):
         out |= dict(rot_err_deg=median(rot[:, 2]), trans_err_m=median(trans[:, 2]), rot_err_deg_ceiling=median(rot[:, 1]),
                     trans_err_m_ceiling=median(trans[:, 1]), n_dropped=int(lost.sum()), n_views=lost.numel())
     if cfg.score:
-        shown = np.unique(np.linspace(0, length - 1, min(length, 17)).round().astype(int))
-        write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6, shown], dream[:6, shown])
+        write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6], dream[:6])
     return out | dict(n_paths=n, steps=cfg.steps, guidance=cfg.guidance, world=recipe['world'], plans=recipe['plans'],
                       ckpt=cfg.ckpt, seed=cfg.seed)
 
@@ -392,11 +394,11 @@ class Live:
                 if path and self.wish:
                     return
                 now = time.perf_counter()
-                seconds, stamp = self.held.take(now, n / self.cfg.fps) if path else ({}, None)
-            due = max(due, now) + n / self.cfg.fps
+                seconds, stamp = self.held.take(now, n * self.stride / self.cfg.fps) if path else ({}, None)
+            due = max(due, now) + n * self.stride / self.cfg.fps
             for _ in range(n):
                 for key, s in seconds.items():
-                    s = min(s / n, self.LONGEST)
+                    s = min(s / n, self.LONGEST * self.stride)
                     new = move(*self.state, key, self.METRES * s, self.DEGREES * s)
                     if plan is None or free(plan, new[0][0], new[0][2]):                # walls stop a walker
                         self.metres, self.state = self.metres + math.dist(new[0], self.state[0]), new
@@ -413,30 +415,31 @@ class Live:
                 wish, self.wish = self.wish, {}
             if 'ckpt' in wish:
                 try:
-                    model, header = load(self.ckpts[wish['ckpt']], self.device)
+                    model, header, codec = load(self.ckpts[wish['ckpt']], self.device, self.cfg.data)
                 except (BadInput, OSError) as e:
                     if model is None:
                         raise
                     self.publish(error=str(e))
                     del wish['ckpt']
                 model, m, recipe = model.to(self.dtype).eval(), model.cfg, header['data']['recipe']
-                H, W, lowpoly = recipe['height'], recipe['width'], recipe['world'] == 'lowpoly'
+                H, W, lowpoly = recipe['height'], recipe['width'], recipe['world'] == 'lowpoly' and codec.stride == 1
+                self.stride = codec.stride
             asked |= wish
             if z is None or 'start' in wish:
                 world, captions = held_out(self.cfg, header, [asked['clip']])
                 picture = world['frames'][:, 0] if asked['start'] in ('world', 'prompt') else load_picture(asked['start'], H, W)
-                z = None if asked['start'] == 'prompt' else encode(picture)[:, None].to(self.device)
+                z = None if asked['start'] == 'prompt' or m.first > 1 else codec.encode(picture[:, None]).to(self.device)
                 c2w = world['c2w'][0, 0].tolist()
                 yaw, pitch = math.atan2(c2w[0][2], c2w[2][2]), -math.asin(c2w[1][2])
                 self.state = [row[3] for row in c2w[:3]], math.degrees(yaw), math.degrees(pitch)
                 self.metres, frame, plan = 0., 0, make_plan(int(world['plan'])) if lowpoly else None
                 exact = Lowpoly(world['plan'].tolist(), world['palette'].tolist()) if lowpoly else None
             cfg = replace(self.cfg, steps=asked['steps'] or (4 if header['stage'] in DISTILLED else 8))
-            path, text = [], embed_text([asked['prompt'] or captions[0]], m.text_len, m.text_dim).to(self.device)
+            path, text, decode = [], codec.embed([asked['prompt'] or captions[0]], m).to(self.device), codec.stream()
             noise = noise_for([(cfg.seed, frame)], (m.in_dim, H // 8, W // 8), self.device)
             for z in rollout(model, self.cameras(m, world['K'], plan, path), text, noise=noise, first=z, **sampler(cfg, header, m.shift)):
-                pictures = (decode(z[0]) * 255).round().byte().cpu().numpy()
-                new, frame = path[-len(pictures):], frame + len(pictures)
+                pictures = (decode(z)[0] * 255).round().byte().cpu().numpy()
+                new, frame = [p for p in path[-z.shape[1]:] for _ in range(codec.stride)][-len(pictures):], frame + len(pictures)
                 self.tape.extend((p, keys) for p, (_, keys, _) in zip(pictures, new))
                 if self.truth and lowpoly:
                     c2w = torch.stack([p for p, *_ in new])[None]
@@ -445,7 +448,10 @@ class Live:
                 self.publish(pictures.tobytes(), n=len(pictures), h=H, w=pictures.shape[2], frame=frame - 1, stamp=new[0][2],
                              metres=self.metres, steps=cfg.steps, ckpt=asked['ckpt'], clip=asked['clip'], prompt=asked['prompt'] or captions[0])
                 del path[:-1]
-            z = z[:, -m.first:]
+            if codec.stride == 1:
+                z = z[:, -m.first:]
+            else:                                           # Wan's latents stand for four pictures, but a walk's first for one
+                z = codec.encode(torch.from_numpy(pictures[None, -1:])) if m.first == 1 else None
 
     def hear(self, message):
         """What the page says. Anything that is not of these forms raises ValueError."""
@@ -524,6 +530,8 @@ def live(cfg, device, dtype):
         from websockets.sync.server import serve
     except ImportError:
         raise BadInput('--live needs a web server: pip install websockets') from None
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:          # threads that wait for each other, and the browser
+        torch.set_num_threads(max(1, os.cpu_count() // 2))                    # on the same cores, would stutter
     walk = Live(cfg, device, dtype)
     page = (pathlib.Path(__file__).parent / 'assets/stream.html').read_text()
 
@@ -556,14 +564,14 @@ def live(cfg, device, dtype):
 # -----------------------------------------------------------------------------
 # timing
 
-def bench(model, cfg, header, device):
+def bench(model, cfg, header, codec, device):
     """Random keys, unpaced, one path; the first 20 frames are left out. Latency: key received to frame bytes."""
     recipe, m = header['data']['recipe'], model.cfg
     H, W, frames = recipe['height'], recipe['width'], cfg.frames or 2100
     rng, stamps, decoder = np.random.default_rng(cfg.seed), [], []
     began = time.perf_counter()
     world, captions = held_out(cfg, header, [cfg.clip])
-    text = embed_text(captions, m.text_len, m.text_dim).to(device)
+    text, decode = codec.embed(captions, m).to(device), codec.stream()
 
     def cameras():
         state = (0., 0., 0.), 0., 0.
@@ -576,7 +584,7 @@ def bench(model, cfg, header, device):
     noise = noise_for([cfg.seed], (m.in_dim, H // 8, W // 8), device)
     done = []
     how = sampler(cfg, header, m.shift)
-    for z in rollout(model, cameras(), text, noise=noise, first=encode(world['frames'][:, :1]).to(device), **how):
+    for z in rollout(model, cameras(), text, noise=noise, first=codec.encode(world['frames'][:, :1]).to(device), **how):
         start = time.perf_counter()
         (decode(z) * 255).round().byte().cpu().numpy().tobytes()
         done.append(time.perf_counter())
@@ -616,7 +624,7 @@ def main(cfg):
     cfg.fps = cfg.fps or (25 if cfg.live else 8)
     if cfg.live:
         return live(cfg, device, dtype)
-    model, header = load(cfg.ckpt, device)
+    model, header, codec = load(cfg.ckpt, device, cfg.data)
     model = model.to(dtype).eval()
     if cfg.riflex:
         model.riflex = header['frames'], cfg.window or header['frames']
@@ -624,7 +632,7 @@ def main(cfg):
     for name, work in (('score', score), ('bench', bench)):
         if path := getattr(cfg, name):
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            result = work(model, cfg, header, device)
+            result = work(model, cfg, header, codec, device)
             with open(f'{path}.tmp', 'w') as f:
                 json.dump(result, f, indent=1)
             os.replace(f'{path}.tmp', path)
@@ -632,7 +640,7 @@ def main(cfg):
                 print(f'{k:20s}', ' '.join('     -' if x is None else f'{x:6.2f}' for x in v) if isinstance(v, list) else
                       f'{v:.4g}' if isinstance(v, float) else v)
     if not (cfg.score or cfg.bench):
-        walk_to_file(model, cfg, header, device)
+        walk_to_file(model, cfg, header, codec, device)
 
 
 if __name__ == '__main__':

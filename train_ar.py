@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from camera import BadInput, Camera
-from data import Clips, decode, get_batch, make, noise_for, psnr, write_strip
+from data import Clips, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shard, shift_time,
@@ -36,7 +36,7 @@ class Config:
     # what
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/camera.safetensors'
-    chunk: int = 0                # frames denoised together; 0: as the model is
+    chunk: int = 0                # frames denoised together, after a first one alone; 0: as the model is
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
@@ -107,8 +107,8 @@ def evaluate(model, cfg, clips, device, strip=None):
         return decode(torch.cat(list(rollout(
             model, cameras, batch.text, schedule(cfg.sample_steps, model.cfg.shift), noise_for(range(n), batch.x0.shape[2:], device),
             batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, context=cfg.context)), 1))
-    truth = torch.stack([clips.read(i, ['frames'])[0][:cfg.frames] for i in range(n)]).to(device).float() / 255
-    last = min(7, cfg.frames - 1)
+    truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode
+    last = min(7, truth.shape[1] - 1)
     walk, wrong = generate(batch.camera.c2w), generate(batch.camera.c2w.roll(-1, 0))
     right, wrong = psnr(walk, truth).mean(0).tolist(), psnr(wrong, truth).mean(0).tolist()
     metrics |= {'psnr@1': right[1], f'psnr@{last}': right[last], f'gap@{last}': right[last] - wrong[last]}
@@ -131,7 +131,8 @@ def start_model(cfg, device, say):
             raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
         say(f'start from scratch: there is no {cfg.init}')
         model = DiT(replace(PRESETS[cfg.preset])).to(device)
-    model.cfg.chunk = cfg.chunk or model.cfg.chunk
+    if cfg.chunk:
+        model.cfg.chunk, model.cfg.first = cfg.chunk, 1
     chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)                  # raises if it does not divide
     return model
 

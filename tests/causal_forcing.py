@@ -12,6 +12,7 @@ import torch
 
 from conftest import run
 from model import load_model
+from data import find_codec
 from stream import Config, score
 
 if __name__ == '__main__':
@@ -26,7 +27,7 @@ if __name__ == '__main__':
             losses.append(np.mean([json.loads(line)['loss'] for line in open(f'{out}/{stage}.jsonl')][-2:]))
             model, header = load_model(f'{out}/{stage}.safetensors')
             for steps, cells in rows.items():
-                s = score(model.eval(), Config(steps=steps), header, torch.device('cpu'), find_poses=False)
+                s = score(model.eval(), Config(steps=steps), header, find_codec(), torch.device('cpu'), find_poses=False)
                 cells.append([s['psnr'][1], s['psnr'][7], s['psnr'][7] - s['psnr_wrong_path'][7], np.mean(s['sharpness'][1:]), s['fd']])
         for steps, cells in rows.items():
             print(f'| {teacher} | {np.mean(losses):.4f} ± {np.std(losses):.4f} | {steps} | ' + ' | '.join(

@@ -11,6 +11,7 @@ import torch
 
 from conftest import ROOT  # noqa: F401  (finds the scripts)
 from model import load_model
+from data import find_codec
 from stream import Config, score
 
 SEEDS = 3
@@ -24,10 +25,10 @@ if __name__ == '__main__':
         for n in steps.split(','):
             n, find, rows = int(n.strip('p')), n.endswith('p'), []
             for seed in range(SEEDS):
-                s = score(model.eval(), Config(ckpt=path, steps=n, seed=seed), header, torch.device('cpu'), find_poses=False)
+                s = score(model.eval(), Config(ckpt=path, steps=n, seed=seed), header, find_codec(), torch.device('cpu'), find_poses=False)
                 rows.append([s['psnr'][1], s['psnr'][7], s['psnr_seen'][7], s['psnr'][7] - s['psnr_wrong_path'][7],
                              np.mean(s['sharpness'][1:]), np.mean(s['motion'][1:]), s['fd'], s['drift_db_per_frame']])
-            s = score(model, Config(ckpt=path, steps=n), header, torch.device('cpu')) if find else {}
+            s = score(model, Config(ckpt=path, steps=n), header, find_codec(), torch.device('cpu')) if find else {}
             mean, spread = np.mean(rows, 0), np.std(rows, 0)
             cells = [f'{m:.{d}f} ± {e:.{d}f}' for m, e, d in zip(mean, spread, (2, 2, 2, 2, 2, 2, 3, 2))]
             poses = [f'{np.nanmean(s[k][1:]):.{d}f}' if find else '' for k, d in (('rot_err_deg', 1), ('trans_err_m', 2))]

