@@ -57,9 +57,11 @@ class Config:
     decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0
     clip: float = 1.0             # gradient norm, of each network
     ema: float = 0.97
+    ema_start: int = 0            # generator updates before the average begins
     # objective
     student_steps: int = 4        # steps of a rollout's schedule
-    guidance: float = 1.0         # of the real score, over a dropped camera (1: none)
+    guidance: float = 1.0         # of the real score (1: none)
+    over: str = 'camera'          # what guidance drops: camera | text
     p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
     context: float = 0.2          # noise level of a walk's own history
     before: int = 24              # up to so many frames are walked before those that the scores see
@@ -122,13 +124,13 @@ def noised(x, batch, shift, given):
     return add_noise(x, batch.eps, t), t
 
 
-def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0):
+def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera'):
     """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given: up to a positive
-    factor the gradient in x of KL(rollouts || data). Guidance, over a dropped camera, is the real score's alone."""
+    factor the gradient in x of KL(rollouts || data). Guidance, over a dropped camera or prompt, is the real score's alone."""
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
         off = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        null = real(x_t, t, batch.text, replace(batch.camera, on=off))
+        null = real(x_t, t, batch.text, replace(batch.camera, on=off)) if over == 'camera' else real(x_t, t, torch.zeros_like(batch.text), batch.camera)
         v = null + guidance * (v - null)
     real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
     return (fake_x0 - real_x0) / (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)
@@ -143,7 +145,7 @@ def generator_loss(nets, cfg, batch, index):
         x_t, t = noised(x, batch, nets['generator'].cfg.shift, given)
         # 3) two scores, at that very time: of the data, and of the generator's own walks
         # 4) gradient: towards the data's, away from its own
-        grad = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance, given)
+        grad = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance, given, cfg.over)
     loss = .5 * (x - (x - grad).detach())[:, given:].square().mean()
     return loss, x.detach(), grad[:, given:].abs().mean(), batch.x0
 
@@ -214,8 +216,8 @@ def start_nets(cfg, device, say):
     nets = {'generator': find(cfg.init, 'generator'), 'real': find(cfg.score, 'real score'), 'fake': find(cfg.score, 'fake score')}
     nets['real'].requires_grad_(False)
     chunk_ids(cfg.frames, nets['generator'].cfg.chunk, nets['generator'].cfg.first)                 # raises if it does not divide
-    if cfg.rollout not in ('self', 'teacher'):
-        raise BadInput(f'--rollout {cfg.rollout}: choose self or teacher')
+    if cfg.rollout not in ('self', 'teacher') or cfg.over not in ('camera', 'text'):
+        raise BadInput(f'--rollout {cfg.rollout} --over {cfg.over}: choose self or teacher, camera or text')
     return nets
 
 
@@ -313,7 +315,7 @@ def main(cfg, stage):
                 group['lr'] = learning_rate(step, cfg.steps, lr, cfg.warmup, cfg.decay)
         n = step * (1 + cfg.critic)
         out, norm = run(n, 'generator', generator_loss)
-        update_ema(ema, model, cfg.ema, step)
+        update_ema(ema, model, cfg.ema if step >= cfg.ema_start else 0, step)
         critic = [run(n + 1 + i, 'fake', critic_loss) for i in range(cfg.critic)]
         dream, truth = (clips.codec(device).decode(torch.cat([o[k] for o in out])) for k in (1, 3))
         sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[2] for o in out).item() / cfg.accum, norm,
@@ -355,7 +357,7 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
         kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')

@@ -23,11 +23,10 @@ import os
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
-from torch.func import functional_call
 from tqdm import tqdm
 
 from camera import BadInput, Camera
@@ -58,11 +57,14 @@ class Config:
     warmup: int = 20              # steps
     decay: float = 0.5            # last fraction of the steps, over which lr falls to 0
     muon: bool = True             # Muon for the blocks' matrices; False: AdamW alone
+    beta1: float = 0.9            # AdamW's memory of the gradient, and of its square
+    beta2: float = 0.99
     clip: float = 1.0             # gradient norm
     ema: float = 0.99             # also the target of cd
     # objective
     student_steps: int = 4        # the student's longest schedule; 2 and 1 steps use a part of it
     teacher_steps: int = 48       # Euler steps of the teacher from noise to frame
+    guidance: float = 1.0         # of the teacher, over a dropped prompt (1: none)
     pairs: int = 512              # clips of the ode method
     # run
     seed: int = 0
@@ -77,16 +79,20 @@ class Config:
 # the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)
 
 @torch.no_grad()
-def ode_states(model, batch, times, keep, causal=True):
+def ode_states(model, batch, times, keep, causal=True, guidance=1.0):
     """Integrate the teacher's ODE by Euler steps through `times`: the states at the steps `keep` and the end point,
     (B, len(keep) + 1, F, C, H, W). Noise to frame is then a function of what a causal student sees: its own noise and
-    the true history. With causal=False the bidirectional teacher runs on the whole clip, frame 0 given."""
+    the true history. With causal=False the bidirectional teacher runs on the whole clip, frame 0 given. guidance: over a
+    dropped prompt, whose branch shares the batch."""
     B, F, _, H, W = batch.x0.shape
-    x, states = batch.eps.clone(), []
+    x, states, text, camera = batch.eps.clone(), [], batch.text, batch.camera
+    twice = (lambda y: torch.cat([y, y])) if guidance != 1 else (lambda y: y)
+    if guidance != 1:
+        text, camera = torch.cat([text, torch.zeros_like(text)]), Camera.cat([camera, camera], 0)
     if causal:                                   # all chunks in parallel: the clean half is encoded once, into a cache
         ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
-        cache = KVCache(model.cfg, B, 2 * F, H * W // model.cfg.patch ** 2, x.device)
-        model(batch.x0, torch.zeros_like(x[:, :, 0, 0, 0]), batch.text, batch.camera, causal_mask(ids), cache=cache)
+        cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, x.device)
+        model(twice(batch.x0), torch.zeros(len(text), F, device=x.device), text, camera, causal_mask(ids), cache=cache)
         cache.end = F
         known = dict(mask=teacher_forcing_mask(ids)[F:], pos=range(F), cache=cache)
     else:
@@ -96,7 +102,9 @@ def ode_states(model, batch, times, keep, causal=True):
             states.append(x)
         time = torch.full((B, F), t, device=x.device)
         time[:, 0] *= causal                                                  # the given frame stays at t = 0
-        v = model(x, time, batch.text, batch.camera, **known)
+        v = model(twice(x), twice(time), text, camera, **known)
+        if guidance != 1:
+            v = v[B:] + guidance * (v[:B] - v[B:])
         v[:, 0] *= causal
         x = x + (t_next - t) * v
     return torch.stack([*states, x], 1)
@@ -136,6 +144,9 @@ def cd_loss(net, cfg, batch, teacher, averaged):
     with torch.no_grad():
         # 2) the frozen teacher goes one Euler step from t to t'
         v = teacher_forced(teacher, net.cfg, batch, x_t, t)
+        if cfg.guidance != 1:
+            null = teacher_forced(teacher, net.cfg, replace(batch, text=torch.zeros_like(batch.text)), x_t, t)
+            v = null + cfg.guidance * (v - null)
         x_next = x_t + (t_next - t)[..., None, None, None] * v
         # 3) the student's EMA jumps from there: the target. At t' = 0 it is x' itself, the boundary condition
         target = v_to_x0(x_next, teacher_forced(averaged, net.cfg, batch, x_next, t_next), t_next)
@@ -151,7 +162,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     """Integrate cfg.pairs clips, 32 at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
-    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'pairs', 'seed')}
+    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'pairs', 'seed')}
     with open(path, 'rb') as f:
         recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
@@ -169,7 +180,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
             batch = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
-                                    range(0, cfg.teacher_steps, every), cfg.teacher == 'causal')
+                                    range(0, cfg.teacher_steps, every), cfg.teacher == 'causal', cfg.guidance)
             tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), states=states.half())
             if clips.embedded:
                 tensors['text'] = batch.text[:, :(batch.text != 0).any(2).sum(1).max()].bfloat16()
@@ -207,7 +218,7 @@ def evaluate(model, cfg, clips, device, strip=None):
     part = get_batch(clips, 0, min(16, n), cfg.frames, model.cfg, cfg.seed, device)
     every = cfg.teacher_steps // cfg.student_steps
     states = ode_states(load_model(cfg.init, device)[0], part, schedule(cfg.teacher_steps, model.cfg.shift),
-                        range(0, cfg.teacher_steps, every))
+                        range(0, cfg.teacher_steps, every), guidance=cfg.guidance)
     for s, t in enumerate(schedule(cfg.student_steps, model.cfg.shift)[:-1].tolist()):
         t = torch.full(part.x0.shape[:2], t, device=device)
         jump = v_to_x0(states[:, s], teacher_forced(model, model.cfg, part, states[:, s], t), t)
@@ -254,8 +265,6 @@ def main(cfg, stage):
         raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional')
     if cfg.method == 'cd' and cfg.teacher != 'causal':
         raise BadInput('--method cd steps along the causal teacher: --teacher bidirectional goes with --method ode')
-    if cfg.method == 'cd' and cfg.shard == 'fsdp':
-        raise BadInput('--method cd evaluates the EMA by name, which FSDP has split: use --shard ddp, or --method ode')
     if cfg.teacher_steps % cfg.student_steps:
         raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)
@@ -263,7 +272,16 @@ def main(cfg, stage):
         clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states'))
         loss_fn = ode_loss
     else:
-        averaged = lambda *args, **kw: functional_call(teacher, ema, args, kw)          # the student's EMA weights
+        average, _ = load_model(cfg.init, device)
+        if cfg.shard == 'fsdp':
+            teacher, average = shard(teacher, cfg.shard), shard(average, cfg.shard)
+
+        def averaged(*args, **kw):                                            # the student's EMA weights
+            if hasattr(average, 'reshard'):
+                average.reshard()
+            for mine, value in zip(average.state_dict().values(), ema.values()):
+                mine.copy_(value)
+            return average(*args, **kw)
         loss_fn = lambda net, cfg, batch: cd_loss(net, cfg, batch, teacher, averaged)
 
     # -------------------------------------------------------------------------
@@ -271,7 +289,7 @@ def main(cfg, stage):
     config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every')}
     model.checkpoint = cfg.checkpoint
     net = shard(model, cfg.shard)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2))
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
     start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
@@ -338,7 +356,7 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
         kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from camera import BadInput, Camera
 from data import Clips, get_batch, make, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, gate, learning_rate, load_model, load_resume,
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shard, shift_time,
                    sync_gradients, update_ema, whole)
 
@@ -51,10 +51,13 @@ class Config:
     warmup: int = 50              # steps
     decay: float = 0.5            # last fraction of the steps, over which lr falls to 0
     muon: bool = True             # Muon for the blocks' matrices; False: AdamW alone
+    beta1: float = 0.9            # AdamW's memory of the gradient, and of its square
+    beta2: float = 0.99
     clip: float = 1.0             # gradient norm
     ema: float = 0.995
     # objective
     p_first: float = 0.5          # how often frame 0 is given (0: minWM's text-to-video)
+    weight: str = 'none'          # of the loss over t: none | bell (minWM's)
     drop_text: float = 0.1
     drop_camera: float = 0.1
     # run
@@ -86,7 +89,7 @@ def loss_fn(model, cfg, batch):
     camera = replace(batch.camera, on=u_camera >= cfg.drop_camera) if cfg.camera != 'none' else None
     # 4) the network predicts the velocity eps - x0
     v = model(x_t, t, text, camera)
-    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))
+    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.weight == 'bell' else 1)
     return (error * ~given).sum(1).div((~given).sum(1)).mean(), error, t.masked_fill(given, -1)
 
 # -----------------------------------------------------------------------------
@@ -155,7 +158,7 @@ def main(cfg, stage):
     config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every')}
     model.checkpoint = cfg.checkpoint
     net = shard(model, cfg.shard)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2))
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
     start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
@@ -222,7 +225,7 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
         kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')

@@ -92,6 +92,13 @@ def add_noise(x0, eps, t):
     return (1 - t) * x0 + t * eps
 
 
+def bell_weight(t):
+    """minWM's weight of the loss at times t (its "bsmntw"): a bell about 1/2, 0 at t = 1, mean 1 over the training times of
+    shift 5."""
+    bell = lambda t: torch.exp(-2 * (t - .5) ** 2) - math.exp(-.5)
+    return bell(t) / bell(schedule(1000, 5.0)[:-1]).mean().item()
+
+
 def v_to_x0(x_t, v, t):
     """The clean video that velocity v points to: x0 = x_t - t v."""
     return x_t - t[..., None, None, None] * v
@@ -634,7 +641,7 @@ def pick_device(device='auto', dtype='auto', local_rank=0):
     return torch.device(device), getattr(torch, dtype)
 
 
-def make_optimizers(model, lr, muon=True, betas=(0.9, 0.99), weight_decay=0.01):
+def make_optimizers(model, lr, muon, betas, weight_decay=0.01):
     """AdamW for all parameters or, with muon, torch.optim.Muon for the 2-D weights inside the blocks and AdamW for
     the rest. Muon's step is scaled to AdamW's RMS (Moonlight), so one learning rate serves both."""
     hidden = [p for n, p in model.named_parameters() if muon and n.startswith('blocks') and p.ndim == 2]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from camera import BadInput, Camera
 from data import Clips, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume,
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shard, shift_time,
                    sync_gradients, teacher_forcing_mask, update_ema, whole)
 
@@ -49,11 +49,14 @@ class Config:
     warmup: int = 50              # steps
     decay: float = 0.5            # last fraction of the steps, over which lr falls to 0
     muon: bool = True             # Muon for the blocks' matrices; False: AdamW alone
+    beta1: float = 0.9            # AdamW's memory of the gradient, and of its square
+    beta2: float = 0.99
     clip: float = 1.0             # gradient norm
     ema: float = 0.995
     # objective
     context_noise: float = 0.3    # the history is noised up to this time (0: clean, as in the paper)
     context: float = 0.1          # noise level of a walk's own history
+    weight: str = 'none'          # of the loss over t: none | bell (minWM's)
     drop_text: float = 0.1
     drop_camera: float = 0.1
     # run
@@ -88,7 +91,7 @@ def loss_fn(model, cfg, batch):
     v = model(torch.cat([history, x_t], 1), torch.cat([t_history, t], 1), text,
               Camera.cat([camera, camera]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, F:]
     # 5) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
-    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))
+    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.weight == 'bell' else 1)
     return error.mean(), error, t
 
 # -----------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def main(cfg, stage):
     config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every')}
     model.checkpoint = cfg.checkpoint
     net = shard(model, cfg.shard)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2))
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
     start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
@@ -230,7 +233,7 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
         kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')

@@ -47,6 +47,15 @@ class Gaussian:
 # ------------------------------------------------------------------------------------------------ stage 2
 
 @pytest.mark.parametrize('causal', [True, False])
+def test_guidance_of_the_teacher_is_over_the_prompt(causal):
+    net, data = tiny_model(), batch()
+    one = lambda text, s=1.0: distill_ode.ode_states(net, dataclasses.replace(data, text=text), schedule(1, 3.0), [0], causal, s)[:, -1]
+    cond, null = one(data.text), one(torch.zeros_like(data.text))
+    assert (cond - null).abs().max() > 1e-3
+    torch.testing.assert_close(one(data.text, 3.0), null + 3 * (cond - null), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('causal', [True, False])
 def test_ode_pairs_of_a_gaussian_are_its_flow_map(causal):
     net, data, error = Gaussian(), batch(), {}
     for steps in (48, 96):

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from camera import Camera, invert, minwm_poses, quaternion_pose, relative
-from model import (DiT, ModelConfig, causal_mask, chunk_ids, project, rotary_table, rotate, schedule, sinusoid,
+from model import (DiT, ModelConfig, bell_weight, causal_mask, chunk_ids, project, rotary_table, rotate, schedule, sinusoid,
                    teacher_forcing_mask)
 
 GOLDEN = os.environ.get('GOLDEN')
@@ -134,6 +134,7 @@ def test_whole_clip_chunk_is_bidirectional():
 
 def test_schedules():
     g = load('wan_schedules')
+    torch.testing.assert_close(bell_weight(g['train1000.sigmas']), g['train1000.weights'], rtol=0, atol=2e-5)
     torch.testing.assert_close(schedule(4, 5.0)[:4] * 1000, g['warp.out'].flatten()[:4].float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(schedule(48, 5.0)[:48], g['cd48.sigmas'], rtol=0, atol=1e-6)
     torch.testing.assert_close(schedule(1000, 5.0)[:1000], g['train1000.sigmas'], rtol=0, atol=1e-6)

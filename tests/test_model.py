@@ -125,7 +125,7 @@ def test_ema_optimizers_and_learning_rate():
     ema = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     update_ema(ema, model, .9, 10 ** 6)
     torch.testing.assert_close(ema['head.head.weight'], .1 * model.head.head.weight.detach())
-    adam, muon = make_optimizers(model, 1e-3)
+    adam, muon = make_optimizers(model, 1e-3, True, (.9, .99))
     count = lambda o: sum(len(g['params']) for g in o.param_groups)
     assert count(adam) + count(muon) == len(list(model.parameters())) and count(muon) == 2 * 10
     assert [learning_rate(s, 100, 1, 10, .5) for s in (0, 9, 49, 75, 99)] == pytest.approx([.1, 1, 1, .5, .02])

@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 940, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 350,
+BUDGET = {'model.py': 950, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 370,
           'distill_dmd.py': 400, 'stream.py': 670}
 
 
@@ -19,7 +19,7 @@ def read(name):
 def test_line_budgets():
     lines = {name: len(read(name).splitlines()) for name in BUDGET}
     over = {k: v for k, v in lines.items() if v > BUDGET[k]}
-    assert not over and sum(lines.values()) <= 3740, lines
+    assert not over and sum(lines.values()) <= 3760, lines
     assert {os.path.basename(f) for f in glob.glob(f'{ROOT}/*.py')} <= set(BUDGET)
 
 
@@ -41,6 +41,12 @@ def test_every_readme_command_parses():
     for script, rest in commands:
         for flag in re.findall(r'--\w+', rest):
             assert f'{flag} ' in known[script], f'{script} {flag}'
+
+
+def test_the_recipes_of_minwm_parse():
+    for path in glob.glob(f'{ROOT}/expected/minwm/*.txt'):
+        name = os.path.basename(path).replace('_cd', '_ode').replace('.txt', '.py')
+        assert 'show this help' in subprocess.run([sys.executable, f'{ROOT}/{name}', f'@{path}', '-h'], capture_output=True, text=True, check=True).stdout
 
 
 def test_pictures_and_files_of_the_readme_exist():

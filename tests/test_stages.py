@@ -129,14 +129,14 @@ def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
-@pytest.mark.parametrize('script, stage', [('finetune_camera.py', 'camera'), ('train_ar.py', 'ar'), ('distill_ode.py', 'ode')])
+@pytest.mark.parametrize('script, stage', [('finetune_camera.py', 'camera'), ('train_ar.py', 'ar'), ('distill_ode.py', 'ode'), ('distill_ode.py', 'cd')])
 def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data, chain, tmp_path):
     """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
     that either leaves, of whole tensors, is the same, so that a run may go on with another number of processes."""
-    start = {'camera': 'base', 'ar': 'camera', 'ode': 'ar'}[stage]
+    start = {'camera': 'base', 'ar': 'camera', 'ode': 'ar', 'cd': 'ar'}[stage]
     args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, *SMALL, '--dtype', 'float32', '--muon', False, '--save_every', 1]
-    if stage == 'ode':
-        args = [a for a in args if a not in ('--sample_steps', 2)] + ['--teacher_steps', 8, '--pairs', 6]
+    if stage in ('ode', 'cd'):
+        args = [a for a in args if a not in ('--sample_steps', 2)] + ['--teacher_steps', 8, '--pairs', 6, '--method', stage]
     run(script, *args, '--out', tmp_path / 'one')
     kill_during(script, stage, [*args, '--out', tmp_path / 'two'], tmp_path / 'two')
     assert 'go on from' in run(script, *args, '--shard', 'fsdp', '--checkpoint', True, '--out', tmp_path / 'two', torchrun=2)
