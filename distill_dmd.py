@@ -72,7 +72,7 @@ class Config:
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights of all three networks
     offload: bool = False         # fsdp: the frozen real score waits in the processor's memory
-    checkpoint: bool = False      # the critic keeps one activation a block and computes the others again
+    checkpoint: bool = False      # keep one activation a block and compute the others again
     log_every: int = 10           # steps between log lines
     save_every: int = 50          # steps between resume checkpoints
     eval_every: int = 20          # steps between evaluations, which choose the best
@@ -263,7 +263,8 @@ def main(cfg, stage):
     # -------------------------------------------------------------------------
     # networks, optimizers, resume
     nets = start_nets(cfg, device, say)
-    nets['fake'].checkpoint, path, best = cfg.checkpoint, f'{cfg.out}/{stage}', float('inf')
+    nets['generator'].checkpoint = nets['fake'].checkpoint = cfg.checkpoint
+    path, best = f'{cfg.out}/{stage}', float('inf')
     if rank == 0 and not os.path.exists(f'{path}.resume.safetensors'):          # is there anything to teach?
         real, student = (evaluate(nets[k], cfg, held_out, device, bidirectional=k == 'real') for k in ('real', 'generator'))
         ok = real['fd'] < student['fd'] and abs(1 - real['sharpness']) < abs(1 - student['sharpness'])

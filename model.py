@@ -15,6 +15,7 @@ embedding; the rotary product is in float32 (its angles in float64); a cache hol
 Names, shapes and mathematics of the weights are Wan's, so its checkpoints load as they are.
 """
 import argparse
+import copy
 import functools
 import glob
 import json
@@ -286,8 +287,12 @@ class KVCache:
 
     def roll(self, n):
         """Drop the oldest n frames. The others keep their positions: rotary angles and PRoPE only know differences."""
-        for x in (self.k, self.v):
-            x[:, :, :(self.frames - n) * self.L] = x[:, :, n * self.L:].clone()
+        for name in ('k', 'v'):
+            x = getattr(self, name)
+            if torch.is_grad_enabled():                        # checkpointed blocks may still read the old one
+                setattr(self, name, torch.cat([x[:, :, n * self.L:], x[:, :, :n * self.L]], 2))
+            else:
+                x[:, :, :(self.frames - n) * self.L] = x[:, :, n * self.L:].clone()
         self.end, self.gone = self.end - n, self.gone + n
 
 # -----------------------------------------------------------------------------
@@ -488,9 +493,11 @@ class DiT(nn.Module):
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
         if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
+        if self.checkpoint and torch.is_grad_enabled():
+            cache = copy.copy(cache)                                         # as it is now, for when the blocks compute again
         for i, block in enumerate(self.blocks):
             args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask, cache, i
-            keep = not self.checkpoint or cache is not None or not torch.is_grad_enabled()
+            keep = not self.checkpoint or not torch.is_grad_enabled()
             x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x.view(B, n, h * w, -1), e).float()                # (B, F, L, p p C), channel fastest
@@ -619,6 +626,8 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                 raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
             seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
             camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
+            if torch.is_grad_enabled():                     # checkpointed blocks may still read the old one
+                cache.k, cache.v = cache.k.clone(), cache.v.clone()
             history, cache.end, origin = [(seen, camera)], 0, camera.c2w[:, 0]
             call(*final(seen, context), place(camera, None), mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
             cache.end = keep

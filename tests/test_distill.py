@@ -269,6 +269,25 @@ def test_both_scores_are_told_the_time_that_noised_their_input(nets, p_first):
     assert torch.allclose(clean, x, atol=1e-3) and (t[:, :given] == 0).all()              # the same walk: the same numbers
 
 
+@pytest.mark.parametrize('camera', ['plucker', 'prope'])
+def test_checkpointed_blocks_compute_again_from_the_cache_as_it_was(camera):
+    """The window is full while gradient is recorded, so the cache is encoded anew (or rolls on) before the backward pass."""
+    data, grads = batch(), []
+    for on in (False, True):
+        model = tiny_model(camera=camera)
+        model.checkpoint = on
+        cameras = [Camera(c, k) for c, k in zip(keys_to_poses('w*2,wl*6').expand(B, -1, 4, 4).split(1, 1), intrinsics(90, 1).expand(B, 9, 4).split(1, 1))]
+        rng = torch.Generator().manual_seed(0)
+        chunks = rollout(model, iter(cameras), data.text, schedule(4, 3.0), lambda n: torch.randn(B, n, 16, H, W, generator=rng),
+                         data.x0[:, :1], window=4, renoise=True, exit_step=1, context=.2)
+        with torch.enable_grad():
+            x = torch.cat(list(chunks), 1)
+            (x[:, 1:] * torch.arange(1., 9)[:, None, None, None]).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert grads[0].abs().max() > 1e-3
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5 * grads[0].abs().max().item())
+
+
 def test_float32_masters_move_where_bfloat16_weights_would_not():
     """A step of 1e-4 of a weight is below bfloat16's 1/256: in bfloat16 weights nothing would move."""
     data, index = batch(), [(0, 0, j) for j in range(B)]
