@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import resource
+import signal
 import sys
 import tempfile
 import threading
@@ -532,6 +533,7 @@ def live(cfg, device, dtype):
         raise BadInput('--live needs a web server: pip install websockets') from None
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:          # threads that wait for each other, and the browser
         torch.set_num_threads(max(1, os.cpu_count() // 2))                    # on the same cores, would stutter
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))                      # Ctrl-C: at once, whatever the threads are at
     walk = Live(cfg, device, dtype)
     page = (pathlib.Path(__file__).parent / 'assets/stream.html').read_text()
 
@@ -555,11 +557,8 @@ def live(cfg, device, dtype):
         print(f'{url}  (Ctrl-C ends the walk)', flush=True)
         if cfg.browser and (sys.platform != 'linux' or 'DISPLAY' in os.environ or 'WAYLAND_DISPLAY' in os.environ):
             webbrowser.open(url)
-        try:
-            with torch.no_grad():
-                walk.dream()
-        except KeyboardInterrupt:
-            print()
+        with torch.no_grad():
+            walk.dream()
 
 # -----------------------------------------------------------------------------
 # timing

@@ -10,7 +10,7 @@ diffusers = pytest.importorskip('diffusers', reason='pip install -r requirements
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-wan.txt')
 
 from camera import BadInput, keys_to_poses
-from conftest import run
+from conftest import ROOT, run
 from data import Clips, Wan, get_batch
 from model import ModelConfig, save_wan
 from test_folder import gradient, realestate
@@ -95,15 +95,15 @@ def test_from_video_to_walk(wan, tmp_path):
     make = ('data.py', '--world', 'folder', '--videos', videos, '--pose_scale', 1, '--height', 32, '--width', 32, '--clips', 4, '--val_clips', 2, '--out', data)
     assert 'hold 1, 5, 9, 13' in run(*make, '--frames', 16, '--wan', wan, ok=False)
     assert 'vae/config.json' in run(*make, '--frames', 17, '--wan', tmp_path, ok=False)
-    run(*make, '--frames', 17, '--wan', wan)
+    run(*make, '--frames', 29, '--wan', wan)
     clips = Clips(data, 'val')
     z, poses, _, text = clips.read(0)
-    assert z.shape == (5, 16, 4, 4) and poses.shape == (5, 4, 4) and text.shape == (4, DIM) and clips.truth(2, 5).shape == (2, 17, 32, 32, 3)
+    assert z.shape == (8, 16, 4, 4) and poses.shape == (8, 4, 4) and text.shape == (4, DIM) and clips.truth(2, 5).shape == (2, 17, 32, 32, 3)
     for i, name in ((0, 'a'), (1, 'b')):                      # pose i belongs to picture 4 i
         blue = clips.read(i, ['frames'])[0][..., 2].float().mean((1, 2))
         first = round((blue[0] / 12).item())
         torch.testing.assert_close(poses[0].inverse() @ poses if i == 0 else clips.read(1)[1][0].inverse() @ clips.read(1)[1],
-                                   c2w[first].inverse() @ c2w[first:first + 17:4], rtol=0, atol=1e-4)
+                                   c2w[first].inverse() @ c2w[first:first + 29:4], rtol=0, atol=1e-4)
     batch = get_batch(clips, 0, 2, 5, ModelConfig(text_dim=DIM, text_len=512))
     assert batch.text.shape == (2, 512, DIM) and (batch.text[:, 4:] == 0).all() and batch.text[:, :4].abs().sum() > 0
 
@@ -118,6 +118,14 @@ def test_from_video_to_walk(wan, tmp_path):
     run('stream.py', '--ckpt', f'{out}/dmd.safetensors', '--data', data, '--score', f'{out}/score.json')
     assert len(json.loads(open(f'{out}/score.json').read())['psnr']) == 17
     run('stream.py', '--ckpt', f'{out}/dmd.safetensors', '--data', data, '--bench', f'{out}/bench.json', '--frames', 240)
+    # with minWM's numbers
+    recipe, start = f'{ROOT}/expected/minwm', ('finetune_camera', 'train_ar', 'distill_ode', 'distill_cd', 'distill_dmd')
+    few = ('--steps', 2, '--batch', 2, '--frames', 8, '--data', data, '--out', f'{out}/minwm')
+    for name, more in zip(start, (('--init', wan / 'transformer'), ('--init', f'{out}/minwm/camera.safetensors'),
+                                  ('--init', f'{out}/minwm/ar.safetensors', '--pairs', 2), ('--init', f'{out}/minwm/ar.safetensors'),
+                                  ('--init', f'{out}/minwm/ode.safetensors', '--score', f'{out}/minwm/camera.safetensors'))):
+        run(name.replace('_cd', '_ode') + '.py', f'@{recipe}/{name}.txt', *more, *few)
+    run('stream.py', '--ckpt', f'{out}/minwm/dmd.safetensors', '--data', data, '--first', 'prompt', '--keys', 'w*7', '--out', f'{out}/minwm/walk.mp4')
     # a checkpoint from elsewhere, as it comes
     run('stream.py', '--ckpt', wan / 'transformer', '--data', data, '--first', 'prompt', '--prompt', 'grey', '--keys', 'w*7', '--out', f'{out}/wan.mp4')
     assert len(iio.imread(f'{out}/wan.mp4')) == 29
