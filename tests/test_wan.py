@@ -118,6 +118,9 @@ def test_from_video_to_walk(wan, tmp_path):
     run('stream.py', '--ckpt', f'{out}/dmd.safetensors', '--data', data, '--score', f'{out}/score.json')
     assert len(json.loads(open(f'{out}/score.json').read())['psnr']) == 17
     run('stream.py', '--ckpt', f'{out}/dmd.safetensors', '--data', data, '--bench', f'{out}/bench.json', '--frames', 240)
+    iio.imwrite(tmp_path / 'drawing.png', gradient(1, 50, 90)[0])
+    run('stream.py', '--ckpt', f'{out}/ar.safetensors', '--steps', 2, '--data', data, '--first', tmp_path / 'drawing.png', '--keys', 'w*4', '--out', f'{out}/drawn.mp4')
+    assert len(iio.imread(f'{out}/drawn.mp4')) == 17
     # with minWM's numbers
     recipe, start = f'{ROOT}/expected/minwm', ('finetune_camera', 'train_ar', 'distill_ode', 'distill_cd', 'distill_dmd')
     few = ('--steps', 2, '--batch', 2, '--frames', 8, '--data', data, '--out', f'{out}/minwm')
