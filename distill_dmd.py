@@ -75,6 +75,7 @@ class Config:
     checkpoint: bool = False      # keep one activation a block and compute the others again
     log_every: int = 10           # steps between log lines
     save_every: int = 50          # steps between resume checkpoints
+    eval_clips: int = 64          # held-out clips of the evaluation, all at once
     eval_every: int = 20          # steps between evaluations, which choose the best
 
 # -----------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def numbers(walk, truth):
 @torch.no_grad()
 def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=0):
     """The numbers of held-out walks: of the student in a few steps, or of the real score, whole clips in 16."""
-    n = min(64, len(clips))
+    n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device, whole=before > 0)
     path = there_and_back(batch.x0.shape[1], before + cfg.frames)
     decode, c2w, K = clips.codec(device).decode, batch.camera.c2w[:, path], batch.camera.K[:, path]

@@ -74,6 +74,7 @@ class Config:
     checkpoint: bool = False      # keep one activation a block and compute the others again
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
+    eval_clips: int = 64          # held-out clips of the evaluation, all at once
 
 # -----------------------------------------------------------------------------
 # the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)
@@ -197,7 +198,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
 @torch.no_grad()
 def evaluate(model, cfg, clips, device, strip=None):
     """PSNR to the true frames in a few steps, on the right path and on another clip's; distance to the teacher."""
-    n = min(64, len(clips))
+    n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
     sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
     truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode

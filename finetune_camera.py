@@ -68,6 +68,7 @@ class Config:
     checkpoint: bool = False      # keep one activation a block and compute the others again
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
+    eval_clips: int = 64          # held-out clips of the evaluation, all at once
     sample_steps: int = 16        # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def loss_fn(model, cfg, batch):
 @torch.no_grad()
 def evaluate(model, cfg, clips, device, strip=None):
     """Validation loss and, with a camera, PSNR to the true frames on the right path and on another clip's path."""
-    n = min(64, len(clips))
+    n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
     metrics = {'val_loss': loss_fn(model, cfg, batch)[0].item()}
     times = schedule(cfg.sample_steps, model.cfg.shift)
