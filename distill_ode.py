@@ -66,6 +66,7 @@ class Config:
     teacher_steps: int = 48       # Euler steps of the teacher from noise to frame
     guidance: float = 1.0         # of the teacher, over a dropped prompt (1: none)
     pairs: int = 512              # clips of the ode method
+    pair_batch: int = 32          # as many of them are integrated at once
     # run
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
@@ -160,16 +161,16 @@ def cd_loss(net, cfg, batch, teacher, averaged):
 # pairs on disk, in the format of data.py, so that get_batch reads them
 
 def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
-    """Integrate cfg.pairs clips, 32 at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
+    """Integrate cfg.pairs clips, cfg.pair_batch at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
-    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'pairs', 'seed')}
+    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'pairs', 'pair_batch', 'seed')}
     with open(path, 'rb') as f:
         recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
         changed = ', '.join(k for k in recipe if recipe[k] != old.get(k))
         raise BadInput(f'{folder} was made with another {changed}: delete it, or give another --out')
-    shards = [(f'train_{a:06d}.safetensors', a, min(32, cfg.pairs - a)) for a in range(0, cfg.pairs, 32)]
+    shards = [(f'train_{a:06d}.safetensors', a, min(cfg.pair_batch, cfg.pairs - a)) for a in range(0, cfg.pairs, cfg.pair_batch)]
     if rank == 0:
         os.makedirs(folder, exist_ok=True)
         with open(f'{folder}/manifest.json.tmp', 'w') as f:
@@ -216,7 +217,7 @@ def evaluate(model, cfg, clips, device, strip=None):
         metrics |= {f'psnr@1{name}': right[1], f'psnr@{last}{name}': right[last], f'gap@{last}{name}': right[last] - wrong[last]}
         if strip and steps == 4:
             write_strip(strip, truth[:6], walk[:6])
-    part = get_batch(clips, 0, min(16, n), cfg.frames, model.cfg, cfg.seed, device)
+    part = get_batch(clips, 0, min(16, cfg.pair_batch, n), cfg.frames, model.cfg, cfg.seed, device)
     every = cfg.teacher_steps // cfg.student_steps
     states = ode_states(load_model(cfg.init, device)[0], part, schedule(cfg.teacher_steps, model.cfg.shift),
                         range(0, cfg.teacher_steps, every), guidance=cfg.guidance)

@@ -57,7 +57,7 @@ class Config:
     ema: float = 0.995
     # objective
     p_first: float = 0.5          # how often frame 0 is given (0: minWM's text-to-video)
-    weight: str = 'none'          # of the loss over t: none | bell (minWM's)
+    bell: bool = False            # weigh the loss over t as minWM does
     drop_text: float = 0.1
     drop_camera: float = 0.1
     # run
@@ -90,7 +90,7 @@ def loss_fn(model, cfg, batch):
     camera = replace(batch.camera, on=u_camera >= cfg.drop_camera) if cfg.camera != 'none' else None
     # 4) the network predicts the velocity eps - x0
     v = model(x_t, t, text, camera)
-    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.weight == 'bell' else 1)
+    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.bell else 1)
     return (error * ~given).sum(1).div((~given).sum(1)).mean(), error, t.masked_fill(given, -1)
 
 # -----------------------------------------------------------------------------

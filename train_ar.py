@@ -56,7 +56,7 @@ class Config:
     # objective
     context_noise: float = 0.3    # the history is noised up to this time (0: clean, as in the paper)
     context: float = 0.1          # noise level of a walk's own history
-    weight: str = 'none'          # of the loss over t: none | bell (minWM's)
+    bell: bool = False            # weigh the loss over t as minWM does
     drop_text: float = 0.1
     drop_camera: float = 0.1
     # run
@@ -92,7 +92,7 @@ def loss_fn(model, cfg, batch):
     v = model(torch.cat([history, x_t], 1), torch.cat([t_history, t], 1), text,
               Camera.cat([camera, camera]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, F:]
     # 5) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
-    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.weight == 'bell' else 1)
+    error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.bell else 1)
     return error.mean(), error, t
 
 # -----------------------------------------------------------------------------

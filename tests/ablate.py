@@ -1,6 +1,6 @@
 """
 What matters for control: short runs of finetune_camera.py, one thing changed at a time, three seeds each; a table, and a
-plot in assets/ where matplotlib is installed.
+plot where matplotlib is installed.
 
     python tests/ablate.py batch             # or camera, steps, poses, shift, gamma, first, text, muon
     python tests/ablate.py batch camera --table                              # of the runs that are there

@@ -31,7 +31,7 @@ def main(preset):
     keep = 8 * F * L * cfg.dim * cfg.num_layers                                    # one float32 and its gradient a token and block
     cache = 2 * 2 * 2 * cfg.num_layers * F * L * cfg.dim                           # bfloat16 k, v of both attentions
     rows = [('0, finetune_camera.py', 4 * full, 20, keep), ('1, train_ar.py', 4 * forced, 20, 2 * keep),
-            ('2, ode: 1,000 pairs', 48 * forced, 4, 2 * cache), ('2, ode', 4 * forced, 24, 2 * keep),
+            ('2, ode: 1,000 pairs', 48 * forced, 4, 4 * cache), ('2, ode', 4 * forced, 24, 2 * keep),
             ('2, cd', 4 * forced + 3 * forced, 28, 2 * keep), ('3, distill_dmd.py, critic 5', generator + 5 * critic, 20 + 16 + 4, keep + cache)]
     print(f'{preset}: {P / 1e9:.2f} B parameters with PRoPE, {L} tokens a latent, {F} latents\n')
     print('| stage | PFLOP a clip | 1 H100: GiB | hours | 8 H100: GiB each | hours |\n|---|---|---|---|---|---|')
