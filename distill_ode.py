@@ -347,7 +347,8 @@ def main(cfg, stage):
     if rank == 0:
         model = DiT(model.cfg).to(device)
         model.load_state_dict(ema)
-        metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
+        with torch.autocast(device.type, dtype, enabled=device.type == 'cuda' and dtype != torch.float32):    # half the cache
+            metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
         save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
                    frames=cfg.frames, context=getattr(cfg, 'context', 0.0), data=held_out.manifest, command=' '.join(sys.argv))
         print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))

@@ -612,18 +612,17 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         yield x
         x, level = x.detach(), context if first is None or history else 0.0
         history.append((x, camera))
-        if cache.end + n + m.chunk <= window:
+        keep = m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk if 'plucker' in m.camera else n
+        if keep + m.chunk > window:
+            for _ in cameras:                               # too small only if another chunk is asked for
+                raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
+        elif cache.end + n + m.chunk <= window:
             late = *final(x, level), told
         elif 'plucker' not in m.camera:                     # nothing in the cache knows the origin: drop the oldest chunks
             late = *final(x, level), told
             while cache.end + n + m.chunk > window:
-                if not cache.end:
-                    raise BadInput(f'a window of {window} frames is too small: use at least {n + m.chunk}')
                 cache.roll(history.pop(0)[0].shape[1])
         else:                                               # no room for another chunk: the newest half, from a new origin
-            keep = m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
-            if keep + m.chunk > window:
-                raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
             seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
             camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
             if torch.is_grad_enabled():                     # checkpointed blocks may still read the old one

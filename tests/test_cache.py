@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from camera import Camera, intrinsics, keys_to_poses, relative
+from camera import BadInput, Camera, intrinsics, keys_to_poses, relative
 from model import chunk_ids, rollout, schedule, teacher_forcing_mask
 from test_model import tiny_model
 
@@ -118,6 +118,15 @@ def test_a_long_walk_never_leaves_the_window():
     x0, _, _ = walk(model, 37, 2, 2, torch.randn(2, 1, 16, 2, 2), window=5)
     assert x0.shape[1] == 37 and torch.isfinite(x0).all()
     torch.testing.assert_close(x0[:, :5], walk(model, 37, 2, 2, x0[:, :1], window=40)[0][:, :5], rtol=0, atol=1e-5)
+
+
+
+@pytest.mark.parametrize('camera', ['plucker', 'prope'])
+def test_a_window_of_one_chunk_gives_that_chunk_and_no_second(camera):
+    model, first = tiny_model(camera=camera), torch.randn(2, 1, 16, 4, 4)
+    assert walk(model, 1, 4, 4, first, window=1)[0].equal(first)
+    with pytest.raises(BadInput, match='a window of 1 frames is too small: use at least 2'):
+        walk(model, 2, 4, 4, first, window=1)
 
 
 def test_generated_history_is_noised_and_says_so():
