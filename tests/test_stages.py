@@ -2,10 +2,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as iio
 import numpy as np
@@ -64,7 +66,7 @@ def kill_during(script, stage, args, out):
     log, state = out / f'{stage}.jsonl', out / f'{stage}.resume.safetensors'
     lines = lambda: len(log.read_text().splitlines()) if log.exists() else 0
     p = subprocess.Popen([sys.executable, f'{ROOT}/{script}', *map(str, args)], stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL, env={'OMP_NUM_THREADS': '2'} | os.environ)
+                         stderr=subprocess.DEVNULL, cwd=out.parent, env={'OMP_NUM_THREADS': '2'} | os.environ)
     goal, began = lines() + random.randint(1, 3), time.time()
     while not (lines() >= goal and state.exists()) and p.poll() is None and time.time() - began < 60:
         time.sleep(.02)
@@ -137,14 +139,29 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
     args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, *SMALL, '--dtype', 'float32', '--muon', False, '--save_every', 1]
     if stage in ('ode', 'cd'):
         args = [a for a in args if a not in ('--sample_steps', 2)] + ['--teacher_steps', 8, '--pairs', 6, '--method', stage]
-    run(script, *args, '--out', tmp_path / 'one')
-    kill_during(script, stage, [*args, '--out', tmp_path / 'two'], tmp_path / 'two')
-    assert 'go on from' in run(script, *args, '--shard', 'fsdp', '--checkpoint', True, '--out', tmp_path / 'two', torchrun=2)
-    run(script, *args, '--shard', 'fsdp', '--out', tmp_path / 'all', torchrun=2)
-    for other in ('two', 'all'):
-        assert max(abs(a - b) for a, b in zip(losses(tmp_path / 'one', stage), losses(tmp_path / other, stage), strict=True)) < 1e-4
+    args += ['--out', 'out']                     # each in a folder of its own
+    for name in ('one', 'two', 'all', 'alone'):
+        (tmp_path / name / 'out').mkdir(parents=True)
+    run(script, *args, cwd=tmp_path / 'one')
+    if stage == 'ar':                            # saved on two processes: goes on on one, and on two
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(run, script, *args, '--shard', 'fsdp', torchrun=2, cwd=tmp_path / 'all')
+            while not (tmp_path / 'all/out/ar.resume.safetensors').exists() and not whole.done():
+                time.sleep(.02)
+            for to in ('alone', 'two'):
+                for name in ('ar.resume.safetensors', 'ar.jsonl'):
+                    shutil.copy(tmp_path / 'all/out' / name, tmp_path / to / 'out')
+                assert load_tensors(f'{tmp_path}/{to}/out/ar.resume.safetensors')[1]['step'] < 12
+            whole.result()
+        assert 'go on from' in run(script, *args, cwd=tmp_path / 'alone')
+    else:
+        kill_during(script, stage, args, tmp_path / 'two/out')
+        run(script, *args, '--shard', 'fsdp', torchrun=2, cwd=tmp_path / 'all')
+    assert 'go on from' in run(script, *args, '--shard', 'fsdp', '--checkpoint', True, torchrun=2, cwd=tmp_path / 'two')
+    for other in ('two', 'all') + ('alone',) * (stage == 'ar'):
+        assert max(abs(a - b) for a, b in zip(losses(tmp_path / 'one/out', stage), losses(tmp_path / other / 'out', stage), strict=True)) < 1e-4
         for name in (f'{stage}.safetensors', f'{stage}.resume.safetensors'):
-            a, b = (load_tensors(f'{tmp_path}/{d}/{name}')[0] for d in ('one', other))
+            a, b = (load_tensors(f'{tmp_path}/{d}/out/{name}')[0] for d in ('one', other))
             assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
 
