@@ -71,9 +71,11 @@ SKIES = {'day': (.50, .70, .92), 'dusk': (.93, .62, .48), 'overcast': (.72, .75,
 
 def make_plan(seed):
     """Geometry: boxes (6, 2, 3) as (low, high) corners and balls (5, 4) as (centre, radius), metres, float64 numpy."""
-    r = np.random.default_rng([1, seed])
+    r, tries = np.random.default_rng([1, seed]), 0
     boxes, balls, spots = [], [], []
     while len(spots) < 11:
+        if (tries := tries + 1) % 10_000 == 0:                # some seeds leave no room: start over
+            boxes, balls, spots = [], [], []
         box = len(boxes) < 6
         size = r.uniform(.25, .9, 2) if box else np.full(2, r.uniform(.3, .6))
         at = r.uniform(-ARENA + 1, ARENA - 1, 2)
