@@ -209,12 +209,16 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
 
     frame (M,): which frame of a walk from `start` (B, 4, 4) each picture is. A bank of small views of each world, on a
     grid of 0.25 m x 10 degrees (yaw and pitch) over all that a walk can reach by that frame (frame + 2 key units), is
-    matched by one product; the two best are refined by damped Gauss-Newton on (x, z, yaw, pitch) against small
-    renders, and the better fit counts. The commanded path is never looked at.
+    searched; the four best are refined by damped Gauss-Newton on (x, z, yaw, pitch) against small renders, and the
+    best fit counts. Both times a pixel of squared error r costs r / (r + LIMIT) (Geman and McClure 1985): what a dream
+    made up, because nobody had looked there, is wrong however the camera stood, and must not pull. The commanded path is
+    never looked at.
     """
+    LIMIT, N = .03, 4
+    robust = lambda r: (r / (r + LIMIT)).sum(-1)
     B, M = pictures.shape[:2]
     small = lambda n: F.interpolate(pictures.flatten(0, 1).movedim(-1, 1), (n, n), mode='area').movedim(1, -1).view(B, M, n, n, 3)
-    query, reach = small(12).flatten(2), int(frame.max()) + 2
+    query, reach = small(8).flatten(2, 3), int(frame.max()) + 2
     yaw0 = torch.rad2deg(torch.atan2(start[:, 0, 2], start[:, 2, 2]))
     # the places, and one panorama of 6 degrees a cell from each, from which the views of all directions are read
     grid = torch.arange(-reach, reach + 1) * metres
@@ -233,41 +237,43 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
         o = o[inside]
         d = around @ make_pose(torch.zeros(3), yaw0[b], torch.zeros(()))[:3, :3].T
         pano = alone[b].shade(o[None].repeat_interleave(len(d), 1), d.repeat(len(o), 1)[None])[0].view(len(o), *down.shape, 3)
-        v = torch.einsum('tij,hwj->thwi', views, rays(torch.eye(4), K[b], 12, 12)[1])                # (T, 12, 12, 3)
+        v = torch.einsum('tij,hwj->thwi', views, rays(torch.eye(4), K[b], 8, 8)[1])                  # (T, 8, 8, 3)
         i = ((torch.rad2deg(torch.asin(v[..., 1])) + 72) / 6).long().clamp(0, len(down) - 1)
         j = ((torch.rad2deg(torch.atan2(v[..., 0], v[..., 2])) + 180) / 6).long() % down.shape[1]
-        bank = pano[:, i, j].flatten(0, 1).flatten(1)                                                # (P T, 12 12 3)
-        distance = bank.square().sum(1) - 2 * query[b] @ bank.T                                      # (M, P T)
+        bank = pano[:, i, j].flatten(0, 1).flatten(1, 2)                                             # (P T, 8 8, 3)
         far = torch.maximum(places[inside].norm(dim=1)[:, None] / metres, turn.abs() / degrees).flatten()
-        top = distance.masked_fill(far > frame[:, None] + 2.01, torch.inf).topk(2, 1, largest=False)[1]
+        distance = torch.stack([robust((bank - q).square_().sum(-1)) for q in query[b]])               # (M, P T)
+        top = distance.masked_fill(far > frame[:, None] + 2.01, torch.inf).topk(N, 1, largest=False)[1]
         p, t = top // len(turn), top % len(turn)
-        starts.append(torch.stack([o[p][..., 0], o[p][..., 2], yaw0[b] + turn[t], pitch[t]], -1))    # (M, 2, 4)
+        starts.append(torch.stack([o[p][..., 0], o[p][..., 2], yaw0[b] + turn[t], pitch[t]], -1))    # (M, N, 4)
     # refine all candidates together; pictures are compared at 32 x 32, slightly blurred
-    blur = lambda x: F.avg_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 1, 1).flatten(1).view(*x.shape[:2], -1).double()
-    target = blur(small(32)).repeat_interleave(2, 1)
+    blur = lambda x: F.avg_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 1, 1).movedim(1, -1).flatten(1, 2).view(*x.shape[:2], -1, 3).double()
+    target = blur(small(32)).repeat_interleave(N, 1)
 
     def look(s):
         at = torch.stack([s[..., 0], start[:, None, 1, 3].double().expand_as(s[..., 0]), s[..., 1]], -1)
         c2w = make_pose(at, s[..., 2], s[..., 3]).float()
-        views = [alone[b].render(c2w[b:b + 1], K[b].expand(1, 2 * M, 4), 32, 32, edges=.2)[0] for b in range(B)]
+        views = [alone[b].render(c2w[b:b + 1], K[b].expand(1, N * M, 4), 32, 32, edges=.2)[0] for b in range(B)]
         return blur(torch.cat(views)), c2w
-    state = torch.stack(starts).flatten(1, 2).double()                                               # (B, M 2, 4)
-    view, c2w = look(state)
-    cost, damp = (view - target).square().sum(-1), torch.full(state.shape[:2], 1e-2, dtype=torch.float64)
+    state = torch.stack(starts).flatten(1, 2).double()                                               # (B, M N, 4)
+    view, c2w = look(state)                                                                          # (B, M N, 32 32, 3)
+    cost, damp = robust((view - target).square().sum(-1)), torch.full(state.shape[:2], 1e-2, dtype=torch.float64)
     unit = torch.tensor([.04, .04, 1., 1.], dtype=torch.float64)                                     # steps of the Jacobian
     for _ in range(7):
         J = torch.stack([look(state + unit * e)[0] - view for e in torch.eye(4, dtype=torch.float64)], -1)
-        A, g = J.mT @ J, J.mT @ (target - view)[..., None]
+        weight = (1 + (view - target).square().sum(-1) / LIMIT) ** -2                                # of each pixel, now
+        weighted = (weight[..., None, None] * J).flatten(2, 3).mT
+        A, g = weighted @ J.flatten(2, 3), weighted @ (target - view).flatten(2)[..., None]
         A = A + damp[..., None, None] * torch.diag_embed(A.diagonal(dim1=-2, dim2=-1) + 1e-6)
         new = state + unit * torch.linalg.solve(A, g)[..., 0].clamp(-10, 10)
         new_view, new_c2w = look(new)
-        new_cost = (new_view - target).square().sum(-1)
+        new_cost = robust((new_view - target).square().sum(-1))
         better = new_cost < cost
         pick = lambda a, b: torch.where(better.view(*better.shape, *[1] * (a.ndim - 2)), a, b)
         state, view, c2w, cost = pick(new, state), pick(new_view, view), pick(new_c2w, c2w), pick(new_cost, cost)
         damp = torch.where(better, damp / 3, damp * 4)
-    winner = cost.view(B, M, 2).argmin(-1)[..., None, None, None].expand(-1, -1, 1, 4, 4)
-    return c2w.view(B, M, 2, 4, 4).gather(2, winner)[:, :, 0]
+    winner = cost.view(B, M, N).argmin(-1)[..., None, None, None].expand(-1, -1, 1, 4, 4)
+    return c2w.view(B, M, N, 4, 4).gather(2, winner)[:, :, 0]
 
 
 def seen_mask(depth, c2w, K):

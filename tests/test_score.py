@@ -47,6 +47,15 @@ def test_a_turned_and_a_moved_path_give_their_error_back(scene):
     assert abs(median(trans, lost) - .5) < .05 and median(rot, lost) < 1.5
 
 
+def test_what_was_made_up_does_not_pull(scene):
+    """A quarter of the picture is of another world."""
+    world, d, _, lost = scene
+    pictures = d['frames'].float() / 255
+    pictures[:, :, :, 48:] = pictures.roll(1, 0)[:, :, :, 48:]
+    rot, trans = pose_error(*found(world, d, pictures))
+    assert median(rot, lost) < 1 and median(trans, lost) < .05
+
+
 def test_noise_does_not_look_good(scene):
     world, d, _, lost = scene
     rot, trans = pose_error(*found(world, d, torch.rand(N, F, 64, 64, 3, generator=torch.Generator().manual_seed(0))))
