@@ -163,6 +163,11 @@ def dense_attention(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2)
 
 
+def mask_rows(mask):
+    """A frame mask as a tuple of tuples, which can be looked up; `DiT.forward` asks once, not in every layer."""
+    return mask if isinstance(mask, tuple) else tuple(map(tuple, mask.tolist()))
+
+
 @functools.lru_cache(maxsize=64)
 def _block_rows(mask):
     """A mask (tuple of tuples) as a list of ((first, last + 1) query frames, [(first, last + 1) key frames, ...])."""
@@ -216,8 +221,8 @@ class BlockRowAttention(torch.autograd.Function):
 
 def block_row_attention(q, k, v, mask):
     """`dense_attention` by BlockRowAttention: the same result from the allowed blocks alone."""
-    rows = _block_rows(tuple(map(tuple, mask.tolist())))
-    Lq, Lk = q.shape[1] // mask.shape[0], k.shape[1] // mask.shape[1]
+    mask = mask_rows(mask)
+    rows, Lq, Lk = _block_rows(mask), q.shape[1] // len(mask), k.shape[1] // len(mask[0])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if torch.is_grad_enabled():
         with torch.autocast(q.device.type, enabled=False):
@@ -237,16 +242,19 @@ def _flex(mask, Lq, Lk, device):
 
 def flex_frame_attention(q, k, v, mask):
     """The same by flex_attention, which skips the masked blocks on a GPU."""
-    flex = _flex(tuple(map(tuple, mask.tolist())), q.shape[1] // mask.shape[0], k.shape[1] // mask.shape[1], q.device)
+    mask = mask_rows(mask)
+    flex = _flex(mask, q.shape[1] // len(mask), k.shape[1] // len(mask[0]), q.device)
     return flex(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames or None for all."""
-    if mask is not None and not mask.all():
+    """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames (or its `mask_rows`) or None for all."""
+    if mask is not None and not all(map(all, mask_rows(mask))):
         return flex_frame_attention(q, k, v, mask) if q.is_cuda else block_row_attention(q, k, v, mask)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return flash_attn_func(q, k, v)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return block_row_attention(q, k, v, ((True,),))                      # sdpa's backward takes 3 to 5 times as long
     return dense_attention(q, k, v, None)
 
 
@@ -305,6 +313,7 @@ def sinusoid(t, dim):
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)                                  # a table made while streaming may serve training
 def rotary_table(pos, h, w, Dh, device, riflex=None):
     """Unit complex numbers (len(pos) h w, 1, Dh / 2), complex64, for frames at positions `pos` of an h x w grid.
 
@@ -338,8 +347,10 @@ def project(x, M):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Normalised in float32, cast back, then scaled, as in Wan (and, mixed with bf16, faster than torch's on a CPU)."""
+    """Normalised in float32, cast back, then scaled, as in Wan (and, with a gradient, faster than torch's on a CPU)."""
     def forward(self, x):
+        if not torch.is_grad_enabled() and x.dtype == torch.float32:
+            return super().forward(x)
         y = x.float()
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
 
@@ -480,6 +491,7 @@ class DiT(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         start = cache.gone + cache.end if cache is not None else 0
         pos = tuple(range(start, start + n)) if pos is None else tuple(pos)
+        mask = mask if mask is None else mask_rows(mask)
         table = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device, self.riflex)
 
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)

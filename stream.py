@@ -125,6 +125,7 @@ def sampler(cfg, header, shift):
                 context=cfg.context if cfg.context >= 0 else header.get('context', 0.0))
 
 
+@torch.inference_mode()
 def walk(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
     the same rollout frame by frame."""
@@ -413,6 +414,7 @@ class Live:
             yield Camera(torch.stack([p for p, *_ in path[-n:]])[None].to(self.device), K[:, None].expand(-1, n, -1).to(self.device))
             n = m.chunk
 
+    @torch.inference_mode()
     def dream(self):
         """Walk after walk. Each lasts until the page wishes for something else, and goes on from the picture that is
         there unless it wishes for another start."""
@@ -563,12 +565,12 @@ def live(cfg, device, dtype):
         print(f'{url}  (Ctrl-C ends the walk)', flush=True)
         if cfg.browser and (sys.platform != 'linux' or 'DISPLAY' in os.environ or 'WAYLAND_DISPLAY' in os.environ):
             webbrowser.open(url)
-        with torch.no_grad():
-            walk.dream()
+        walk.dream()
 
 # -----------------------------------------------------------------------------
 # timing
 
+@torch.inference_mode()
 def bench(model, cfg, header, codec, device):
     """Random keys, unpaced, one path; the first 20 frames are left out. Latency: key received to frame bytes."""
     recipe, m = header['data']['recipe'], model.cfg

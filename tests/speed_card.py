@@ -42,7 +42,7 @@ class Concatenated:
         return self.new[layer]
 
 
-PARTS = 'rotary tables kept', 'camera embedded once a frame', 'prompt kept', 'cache preallocated'
+PARTS = 'rotary tables kept', 'camera embedded once a frame', 'prompt kept', 'cache preallocated', 'inference mode'
 
 
 def naive(model, c2w, K, text, times, noise, first, parts=()):
@@ -68,7 +68,6 @@ def naive(model, c2w, K, text, times, noise, first, parts=()):
         cache.end += 1
 
 
-@torch.no_grad()
 def against_naive(path, n):
     """Median milliseconds a frame of the same walk: naive, with one part after the other, and by `rollout`."""
     model, header = load_model(path)
@@ -81,9 +80,11 @@ def against_naive(path, n):
         for name in ('naive', *PARTS, 'rollout'):
             noise, began = noise_for([turn], first.shape[2:], 'cpu'), time.perf_counter()
             cameras = (Camera(c2w[:, f:f + 1], K[:, None]) for f in range(frames))
-            walk = rollout(model, cameras, text, times, noise, first, window=frames + 1, renoise=True) if name == 'rollout' else \
-                naive(model, c2w, K, text, times, noise, first, PARTS[:PARTS.index(name) + 1] if name in PARTS else ())
-            same.append(torch.cat([decode(x) for x in walk]))
+            parts = PARTS[:PARTS.index(name) + 1] if name in PARTS else ()
+            with torch.inference_mode() if name in (PARTS[4], 'rollout') else torch.no_grad():
+                walk = rollout(model, cameras, text, times, noise, first, window=frames + 1, renoise=True) if name == 'rollout' else \
+                    naive(model, c2w, K, text, times, noise, first, parts)
+                same.append(torch.cat([decode(x) for x in walk]))
             took.setdefault(name, []).append((time.perf_counter() - began) / frames * 1e3)
         assert max((x - same[0]).abs().max() for x in same) < 1e-4            # equal output
     return {name: sorted(ms[1:])[len(ms) // 2] for name, ms in took.items()}

@@ -6,10 +6,13 @@ import os
 import pytest
 import torch
 
+from torch._subclasses import FakeTensorMode
+
+import model as model_py
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from conftest import ROOT
-from model import (PRESETS, DiT, KVCache, ModelConfig, add_noise, block_row_attention, causal_mask, chunk_ids,
-                   dense_attention, flex_frame_attention, gate, learning_rate, load_model, make_optimizers, rotary_table,
+from model import (PRESETS, DiT, KVCache, ModelConfig, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
+                   dense_attention, flex_frame_attention, gate, learning_rate, load_model, make_optimizers, mask_rows, rotary_table,
                    rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
 
 TINY = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4)
@@ -51,6 +54,38 @@ def test_block_rows_and_flex_equal_dense(frames, chunk, L):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(flex_frame_attention(*(x.float() for x in (q, k, v)), mask), want.float(), rtol=0, atol=1e-5)
+
+
+def test_cuda_takes_flex_attention_with_the_same_mask(monkeypatch):
+    """Which path a CUDA tensor takes, asked of one without a memory behind it; that flex_attention agrees is the test above."""
+    mask, taken = teacher_forcing_mask(chunk_ids(3, 1)), []
+    monkeypatch.setattr(model_py, 'flex_frame_attention', lambda q, k, v, m: taken.append(m) or q)
+    monkeypatch.setattr(model_py, 'block_row_attention', lambda *a: pytest.fail('the loop of the CPU'))
+    with FakeTensorMode():
+        q = torch.empty(1, 12, 2, 64, device='cuda', dtype=torch.bfloat16)
+        assert attention(q, q, q, mask_rows(mask)).is_cuda and taken == [mask_rows(mask)]
+        assert attention(q, q, q).shape == q.shape and len(taken) == 1       # nothing is masked: sdpa, or flash-attn
+
+
+def test_bfloat16_on_a_cpu_equals_float32_to_its_precision():
+    """Without a mask too it goes row by row there, when a gradient is wanted."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 2, 16, requires_grad=True) for n in (12, 6, 6))
+    dout, low = torch.randn_like(q), [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    want, got = dense_attention(q, k, v, None), attention(*low)
+    assert got.grad_fn is not None and 'BlockRow' in str(got.grad_fn.next_functions)
+    for a, b in zip((got, *torch.autograd.grad(got, low, dout.bfloat16())), (want, *torch.autograd.grad(want, (q, k, v), dout))):
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=.04)
+
+
+def test_what_streaming_keeps_may_be_trained_with():
+    """Rotary tables are kept; one made in inference mode could not be saved for a backward pass."""
+    model, args = tiny_model(), (torch.randn(1, 3, 16, 6, 10), torch.rand(1, 3), torch.randn(1, 4, 8))
+    with torch.inference_mode():
+        streamed = model(*args)
+    trained = model(*args)
+    trained.sum().backward()
+    torch.testing.assert_close(streamed, trained.detach(), rtol=0, atol=1e-5)
 
 
 def test_zero_initialised_camera_equals_the_base_model_and_dropped_camera_is_none():
