@@ -175,7 +175,7 @@ def numbers(walk, truth):
             'fd': frechet(walk[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))}
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=0):
     """The numbers of held-out walks: of the student in a few steps, or of the real score, whole clips in 16."""
     n = min(cfg.eval_clips, len(clips))
@@ -292,7 +292,7 @@ def main(cfg, stage):
         f'{attention_path(device, dtype)}, {len(clips)} clips')
     if rank == 0:
         lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
-        log = open(f'{path}.jsonl', 'w')
+        log = open(f'{path}.jsonl', 'w', buffering=1)                        # a line at a time
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
 
     def run(update, name, loss_fn):
@@ -332,7 +332,6 @@ def main(cfg, stage):
                            f'critic {line["critic"]:.4f} norm {line["critic_norm"]:6.3f} | sharpness {line["sharpness"]:.2f} '
                            f'motion {line["motion"]:.2f} | lr {line["lr"]:.1e} | {line["ms"]:6.0f} ms')
                 log.write(json.dumps(line) + '\n')
-                log.flush()
             sums, began = [], time.time()
         last = step + 1 == cfg.steps
         state = {k: whole(v) for k, v in ema.items()} if (step + 1) % cfg.eval_every == 0 or last else None
@@ -341,6 +340,7 @@ def main(cfg, stage):
             student.load_state_dict(state)
             metrics = evaluate(student, cfg, held_out, device, f'{path}.png', before=cfg.before)
             tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+            log.write(json.dumps(dict(step=step + 1, **metrics)) + '\n')
             for name in [path] * (metrics['fd'] < best) + [f'{path}.last'] * last:
                 save_model(f'{name}.safetensors', state, model.cfg, stage=stage, step=step + 1, seed=cfg.seed, metrics=metrics,
                            frames=cfg.frames, context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))

@@ -206,75 +206,65 @@ def walk_to_file(model, cfg, header, codec, device):
 # scoring: where was this picture taken? Only for lowpoly, whose every view can be rendered
 
 def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
-    """Poses (B, M, 4, 4) at which the pictures (B, M, H, W, 3) of B lowpoly worlds were taken, by looking alone.
+    """Poses (M, 4, 4) at which the pictures (M, H, W, 3) of one lowpoly world were taken, by looking alone.
 
-    frame (M,): which frame of a walk from `start` (B, 4, 4) each picture is. A bank of small views of each world, on a
+    frame (M,): which frame of a walk from `start` (4, 4) each picture is; K (4,). A bank of small views of the world, on a
     grid of 0.25 m x 10 degrees (yaw and pitch) over all that a walk can reach by that frame (frame + 2 key units), is
-    searched; the four best are refined by damped Gauss-Newton on (x, z, yaw, pitch) against small renders, and the
-    best fit counts. Both times a pixel of squared error r costs r / (r + LIMIT) (Geman and McClure 1985): what a dream
-    made up, because nobody had looked there, is wrong however the camera stood, and must not pull. The commanded path is
-    never looked at.
+    searched; the four best views, after two steps the best of them, are refined by damped Gauss-Newton on (x, z, yaw,
+    pitch) against small renders. Both times a pixel of squared error r costs r / (r + .03) (Geman and McClure 1985): what
+    a dream made up, because nobody had looked there, is wrong however the camera stood, and must not pull. The commanded
+    path is never looked at.
     """
-    LIMIT, N = .03, 4
-    robust = lambda r: (r / (r + LIMIT)).sum(-1)
-    B, M = pictures.shape[:2]
-    small = lambda n: F.interpolate(pictures.flatten(0, 1).movedim(-1, 1), (n, n), mode='area').movedim(1, -1).view(B, M, n, n, 3)
-    query, reach = small(8).flatten(2, 3), int(frame.max()) + 2
-    yaw0 = torch.rad2deg(torch.atan2(start[:, 0, 2], start[:, 2, 2]))
+    robust = lambda r: (r / (r + .03)).sum(-1)
+    M, reach, N = len(pictures), int(frame.max()) + 2, 4
+    small = lambda n: F.interpolate(pictures.movedim(-1, 1), (n, n), mode='area').movedim(1, -1)
     # the places, and one panorama of 6 degrees a cell from each, from which the views of all directions are read
     grid = torch.arange(-reach, reach + 1) * metres
     places = torch.stack(torch.meshgrid(grid, grid, indexing='ij'), -1).flatten(0, 1)               # (P, 2)
-    places = places[places.norm(dim=1) <= reach * metres + 1e-3]
-    n = min(reach, int(180 / degrees))
-    turns, pitches = torch.arange(-n, n + 1) * degrees, torch.arange(-3, 4) * degrees
-    turn, pitch = (x.flatten() for x in torch.meshgrid(turns, pitches, indexing='ij'))              # (T,)
-    views = make_pose(torch.zeros(len(turn), 3), turn, pitch)[:, :3, :3]
+    o = start[:3, 3] + F.pad(places, (0, 1))[:, [0, 2, 1]]                                           # (P, 3)
+    inside = (places.norm(dim=1) <= reach * metres + 1e-3) & (o[:, ::2].abs() < ARENA).all(1)
+    places, o, yaw0 = places[inside], o[inside], torch.rad2deg(torch.atan2(start[0, 2], start[2, 2]))
     down, round_ = torch.meshgrid(torch.arange(-69., 70, 6), torch.arange(-177., 180, 6), indexing='ij')
-    around = make_pose(torch.zeros(*down.shape, 3), round_, -down)[..., :3, 2].flatten(0, 1)         # (24 x 60, 3)
-    starts, alone = [], [Lowpoly(world.seeds[0][b:b + 1], world.seeds[1][b:b + 1]) for b in range(B)]
-    for b in range(B):
-        o = start[b, :3, 3] + F.pad(places, (0, 1))[:, [0, 2, 1]]                                    # (P, 3)
-        inside = (o[:, ::2].abs() < ARENA).all(1)
-        o = o[inside]
-        d = around @ make_pose(torch.zeros(3), yaw0[b], torch.zeros(()))[:3, :3].T
-        pano = alone[b].shade(o[None].repeat_interleave(len(d), 1), d.repeat(len(o), 1)[None])[0].view(len(o), *down.shape, 3)
-        v = torch.einsum('tij,hwj->thwi', views, rays(torch.eye(4), K[b], 8, 8)[1])                  # (T, 8, 8, 3)
-        i = ((torch.rad2deg(torch.asin(v[..., 1])) + 72) / 6).long().clamp(0, len(down) - 1)
-        j = ((torch.rad2deg(torch.atan2(v[..., 0], v[..., 2])) + 180) / 6).long() % down.shape[1]
-        bank = pano[:, i, j].flatten(0, 1).flatten(1, 2)                                             # (P T, 8 8, 3)
-        far = torch.maximum(places[inside].norm(dim=1)[:, None] / metres, turn.abs() / degrees).flatten()
-        distance = torch.stack([robust((bank - q).square_().sum(-1)) for q in query[b]])               # (M, P T)
-        top = distance.masked_fill(far > frame[:, None] + 2.01, torch.inf).topk(N, 1, largest=False)[1]
-        p, t = top // len(turn), top % len(turn)
-        starts.append(torch.stack([o[p][..., 0], o[p][..., 2], yaw0[b] + turn[t], pitch[t]], -1))    # (M, N, 4)
-    # refine all candidates together; pictures are compared at 32 x 32, slightly blurred
-    blur = lambda x: F.avg_pool2d(x.flatten(0, 1).movedim(-1, 1), 3, 1, 1).movedim(1, -1).flatten(1, 2).view(*x.shape[:2], -1, 3).double()
-    target = blur(small(32)).repeat_interleave(N, 1)
+    d = make_pose(torch.zeros(*down.shape, 3), yaw0 + round_, -down)[..., :3, 2].flatten(0, 1)       # (24 x 60, 3)
+    panorama = world.shade(o[None].repeat_interleave(len(d), 1), d.repeat(len(o), 1)[None])[0].view(len(o), *down.shape, 3)
+    n = min(reach, int(180 / degrees))
+    turn, pitch = (x.flatten() for x in torch.meshgrid(torch.arange(-n, n + 1) * degrees, torch.arange(-3, 4) * degrees, indexing='ij'))
+    v = torch.einsum('tij,hwj->thwi', make_pose(torch.zeros(len(turn), 3), turn, pitch)[:, :3, :3], rays(torch.eye(4), K, 8, 8)[1])
+    i = ((torch.rad2deg(torch.asin(v[..., 1])) + 72) / 6).long().clamp(0, len(down) - 1)             # (T, 8, 8)
+    j = ((torch.rad2deg(torch.atan2(v[..., 0], v[..., 2])) + 180) / 6).long() % down.shape[1]
+    bank = panorama[:, i, j].flatten(0, 1).flatten(1, 2)                                             # (P T, 8 8, 3)
+    cost = torch.stack([robust((bank - q).square_().sum(-1)) for q in small(8).flatten(1, 2)])       # (M, P T)
+    far = torch.maximum(places.norm(dim=1)[:, None] / metres, turn.abs() / degrees).flatten()
+    best = cost.masked_fill(far > frame[:, None] + 2.01, torch.inf).topk(N, 1, largest=False)[1].flatten()
+    p, t = best // len(turn), best % len(turn)
+    state = torch.stack([o[p][:, 0], o[p][:, 2], yaw0 + turn[t], pitch[t]], -1).double()             # (M N, 4)
+    # refine them together; pictures are compared at 32 x 32, slightly blurred
+    blur = lambda x: F.avg_pool2d(x.movedim(-1, 1), 3, 1, 1).movedim(1, -1).flatten(1, 2).double()   # (.., 32 32, 3)
 
     def look(s):
-        at = torch.stack([s[..., 0], start[:, None, 1, 3].double().expand_as(s[..., 0]), s[..., 1]], -1)
-        c2w = make_pose(at, s[..., 2], s[..., 3]).float()
-        views = [alone[b].render(c2w[b:b + 1], K[b].expand(1, N * M, 4), 32, 32, edges=.2)[0] for b in range(B)]
-        return blur(torch.cat(views)), c2w
-    state = torch.stack(starts).flatten(1, 2).double()                                               # (B, M N, 4)
-    view, c2w = look(state)                                                                          # (B, M N, 32 32, 3)
-    cost, damp = robust((view - target).square().sum(-1)), torch.full(state.shape[:2], 1e-2, dtype=torch.float64)
+        at = torch.stack([s[:, 0], start[1, 3].double().expand(len(s)), s[:, 1]], -1)
+        c2w = make_pose(at, s[:, 2], s[:, 3]).float()
+        return blur(world.render(c2w[None], K.expand(1, len(s), 4), 32, 32, edges=.2)[0][0]), c2w
+    target, (view, c2w) = blur(small(32)).repeat_interleave(N, 0), look(state)
+    error, damp = (view - target).square().sum(-1), torch.full((M * N,), 1e-2, dtype=torch.float64)
     unit = torch.tensor([.04, .04, 1., 1.], dtype=torch.float64)                                     # steps of the Jacobian
-    for _ in range(7):
+    for step in range(7):
+        if step == 2:
+            best = robust(error).view(M, N).argmin(1) + N * torch.arange(M)
+            state, view, c2w, error, damp, target = (x[best] for x in (state, view, c2w, error, damp, target))
         J = torch.stack([look(state + unit * e)[0] - view for e in torch.eye(4, dtype=torch.float64)], -1)
-        weight = (1 + (view - target).square().sum(-1) / LIMIT) ** -2                                # of each pixel, now
-        weighted = (weight[..., None, None] * J).flatten(2, 3).mT
-        A, g = weighted @ J.flatten(2, 3), weighted @ (target - view).flatten(2)[..., None]
-        A = A + damp[..., None, None] * torch.diag_embed(A.diagonal(dim1=-2, dim2=-1) + 1e-6)
-        new = state + unit * torch.linalg.solve(A, g)[..., 0].clamp(-10, 10)
+        weighted = ((1 + error / .03) ** -2)[..., None, None] * J                                    # d robust / d error
+        A = torch.einsum('mpci,mpcj->mij', weighted, J)
+        g = torch.einsum('mpci,mpc->mi', weighted, target - view)
+        A = A + damp[:, None, None] * torch.diag_embed(A.diagonal(dim1=-2, dim2=-1) + 1e-6)
+        new = state + unit * torch.linalg.solve(A, g).clamp(-10, 10)
         new_view, new_c2w = look(new)
-        new_cost = robust((new_view - target).square().sum(-1))
-        better = new_cost < cost
-        pick = lambda a, b: torch.where(better.view(*better.shape, *[1] * (a.ndim - 2)), a, b)
-        state, view, c2w, cost = pick(new, state), pick(new_view, view), pick(new_c2w, c2w), pick(new_cost, cost)
+        new_error = (new_view - target).square().sum(-1)
+        better = robust(new_error) < robust(error)
+        for old, fresh in ((state, new), (view, new_view), (c2w, new_c2w), (error, new_error)):
+            old[better] = fresh[better]
         damp = torch.where(better, damp / 3, damp * 4)
-    winner = cost.view(B, M, N).argmin(-1)[..., None, None, None].expand(-1, -1, 1, 4, 4)
-    return c2w.view(B, M, N, 4, 4).gather(2, winner)[:, :, 0]
+    return c2w
 
 
 def seen_mask(depth, c2w, K):
@@ -328,9 +318,10 @@ def score(model, cfg, header, codec, device, find_poses=True):
             value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
             out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
     if recipe['world'] == 'lowpoly' and codec.stride == 1 and find_poses and first is not None and length <= 17:   # further, the search is too wide
-        found = locate(lowpoly, torch.cat([x[:, 1:] for x in (truth, ceiling, dream)], 1),
-                       torch.arange(1, length).repeat(3), c2w[:, 0], K)
-        rot, trans = (x.view(n, 3, -1) for x in pose_error(found, c2w[:, 1:].repeat(1, 3, 1, 1)))
+        worlds = [Lowpoly([plan], [palette]) for plan, palette in zip(*lowpoly.seeds)]
+        found = [torch.stack([locate(*x) for x in zip(worlds, v[:, 1:], torch.arange(1, length).expand(n, -1), c2w[:, 0], K)])
+                 for v in (truth, ceiling, dream)]
+        rot, trans = (x.view(n, 3, -1) for x in pose_error(torch.cat(found, 1), c2w[:, 1:].repeat(1, 3, 1, 1)))
         lost = (rot[:, 0] > 2) | (trans[:, 0] > .15)         # the true frame itself cannot be located: a bare wall
         median = lambda x: [None] + x.masked_fill(lost, torch.nan).nanmedian(0)[0].tolist()
         out |= dict(rot_err_deg=median(rot[:, 2]), trans_err_m=median(trans[:, 2]), rot_err_deg_ceiling=median(rot[:, 1]),

@@ -68,6 +68,7 @@ class Config:
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
+    eval_every: int = 500         # steps between evaluations
     sample_steps: int = 8         # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def loss_fn(model, cfg, batch):
 # -----------------------------------------------------------------------------
 # evaluate: walk held-out paths from their first frame, each chunk upon what was generated before
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, cfg, clips, device, strip=None):
     """Validation loss, PSNR to the true frames on the right path and on another clip's path."""
     n = min(cfg.eval_clips, len(clips))
@@ -164,7 +165,7 @@ def main(cfg, stage):
 
     # -------------------------------------------------------------------------
     # same in every stage: optimizer, resume, loop
-    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every')}
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every', 'eval_every')}
     model.checkpoint = cfg.checkpoint
     net = shard(model, cfg.shard)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2))
@@ -179,8 +180,18 @@ def main(cfg, stage):
         f'{attention_path(device, dtype)}, {len(clips)} clips')
     if rank == 0:
         lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
-        log = open(f'{path}.jsonl', 'w')
+        log = open(f'{path}.jsonl', 'w', buffering=1)                        # a line at a time
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
+    def score(step):
+        """The EMA's weights, and how well they do: a line in the log."""
+        state, metrics = {k: whole(v) for k, v in ema.items()}, {}
+        if rank == 0:
+            frozen = DiT(model.cfg).to(device)
+            frozen.load_state_dict(state)
+            metrics = evaluate(frozen, cfg, held_out, device, f'{path}.png')
+            tqdm.write(f'{stage} {step:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+            log.write(json.dumps(dict(step=step, **metrics)) + '\n')
+        return state, metrics
     sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
     for step in bar:
@@ -212,21 +223,19 @@ def main(cfg, stage):
                 tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} | by t ' + ' '.join(f'{x:.3f}' for x in levels) +
                            f' | norm {norm:6.3f} | lr {lr:.1e} | {ms:6.0f} ms | {line["frames_s"]:6.0f} frames/s')
                 log.write(json.dumps(line) + '\n')
-                log.flush()
             sums, began = torch.zeros(9, device=device), time.time()
+        if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            score(step + 1)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
 
     # -------------------------------------------------------------------------
-    # same in every stage: save the EMA, evaluate, gate
-    ema = {k: whole(v) for k, v in ema.items()}
+    # same in every stage: evaluate, save the EMA, gate
+    state, metrics = score(cfg.steps)
     if rank == 0:
-        model = DiT(model.cfg).to(device)
-        model.load_state_dict(ema)
-        metrics = evaluate(model, cfg, held_out, device, f'{path}.png')
-        save_model(f'{path}.safetensors', ema, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
+        save_model(f'{path}.safetensors', state, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed, metrics=metrics,
                    frames=cfg.frames, context=getattr(cfg, 'context', 0.0), data=held_out.manifest, command=' '.join(sys.argv))
-        print(f'{path}.safetensors, {path}.png:', ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
+        print(f'{path}.safetensors, {path}.png')
         print(gate(stage, cfg.preset, metrics))
     if world > 1:
         dist.barrier()

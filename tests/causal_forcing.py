@@ -24,7 +24,7 @@ if __name__ == '__main__':
             out = f'{start}/causal-forcing-{seed}'
             run('distill_ode.py', '--teacher', teacher, '--init', f'{start}/ar.safetensors', '--bidirectional', f'{start}/camera.safetensors',
                 '--data', data, '--pairs', 128, '--steps', 200, '--seed', seed, '--out', out)
-            losses.append(np.mean([json.loads(line)['loss'] for line in open(f'{out}/{stage}.jsonl')][-2:]))
+            losses.append(np.mean([line['loss'] for line in map(json.loads, open(f'{out}/{stage}.jsonl')) if 'loss' in line][-2:]))
             model, header = load_model(f'{out}/{stage}.safetensors')
             for steps, cells in rows.items():
                 s = score(model.eval(), Config(steps=steps), header, find_codec(), torch.device('cpu'), find_poses=False)

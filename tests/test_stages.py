@@ -17,7 +17,8 @@ import torch
 from conftest import ROOT, run
 from model import load_tensors
 
-SMALL = ['--frames', 5, '--batch', 4, '--sample_steps', 2, '--log_every', 1, '--device', 'cpu']
+FLAGS = ['--frames', 5, '--batch', 4, '--log_every', 1, '--eval_every', 2, '--device', 'cpu']
+SMALL = [*FLAGS, '--sample_steps', 2]                         # for the stages that have it
 
 
 @pytest.fixture(scope='session')
@@ -30,7 +31,7 @@ def chain(data, tmp_path_factory):
     assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
     text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
     assert 'camera, 4 steps' in text and 'gate: ' in text
-    few = [x for x in args if x not in ('--sample_steps', 2)] + ['--init', f'{out}/ar.safetensors', '--teacher_steps', 8, '--pairs', 6]
+    few = ['--data', data, '--out', out, '--steps', 4, *FLAGS, '--init', f'{out}/ar.safetensors', '--teacher_steps', 8, '--pairs', 6]
     text = run('distill_ode.py', *few)
     assert 'ar, 4 steps' in text and '6 pairs, ' in text and ' MB' in text
     run('distill_ode.py', '--method', 'cd', *few)
@@ -45,8 +46,13 @@ def dmd_args(data, out):
             '--critic', 2, '--steps', 4, '--eval_every', 2, '--log_every', 1, '--device', 'cpu']
 
 
+def logged(key, out, stage='ar'):
+    """[(step, value)] of the log lines that hold this key."""
+    return [(line['step'], line[key]) for line in map(json.loads, open(f'{out}/{stage}.jsonl')) if key in line]
+
+
 def losses(out, stage='ar'):
-    return [json.loads(line)['loss'] for line in open(f'{out}/{stage}.jsonl')]
+    return [loss for _, loss in logged('loss', out, stage)]
 
 
 def test_chain_leaves_checkpoints_logs_and_strips(chain):
@@ -55,6 +61,9 @@ def test_chain_leaves_checkpoints_logs_and_strips(chain):
         assert meta['stage'] == stage and meta['step'] in ((2, 4) if stage == 'dmd' else (4,)) and meta['data']['recipe']['world'] == 'lowpoly'
         assert ('camera_embedding.weight' in tensors) == (stage != 'base')
         assert len(losses(chain, stage)) == 4
+        score = 'val_loss' if stage == 'base' else 'psnr@1'                  # against steps, the last that of the checkpoint
+        assert [step for step, _ in logged(score, chain, stage)] == [2, 4]
+        assert dict(logged(score, chain, stage))[meta['step']] == meta['metrics'][score]
     assert load_tensors(f'{chain}/dmd.last.safetensors')[1]['step'] == 4
     for stage in ('base', 'camera', 'ar', 'ode', 'cd', 'dmd'):
         assert iio.imread(f'{chain}/{stage}.png').shape == (4 * 2 * 32 * 2, 5 * 32 * 2, 3)
@@ -136,9 +145,8 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
     """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
     that either leaves, of whole tensors, is the same, so that a run may go on with another number of processes."""
     start = {'camera': 'base', 'ar': 'camera', 'ode': 'ar', 'cd': 'ar'}[stage]
-    args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, *SMALL, '--dtype', 'float32', '--muon', False, '--save_every', 1]
-    if stage in ('ode', 'cd'):
-        args = [a for a in args if a not in ('--sample_steps', 2)] + ['--teacher_steps', 8, '--pairs', 6, '--method', stage]
+    args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, '--dtype', 'float32', '--muon', False, '--save_every', 1]
+    args += [*FLAGS, '--teacher_steps', 8, '--pairs', 6, '--method', stage] if stage in ('ode', 'cd') else SMALL
     args += ['--out', 'out']                     # each in a folder of its own
     for name in ('one', 'two', 'all', 'alone'):
         (tmp_path / name / 'out').mkdir(parents=True)
