@@ -126,3 +126,17 @@ def test_load_poses_refuses(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(BadInput, match=why):
             load_poses(str(tmp_path / name))
+
+
+def test_odd_sizes(tmp_path):
+    """Pictures of any size do, the clips' own must be a multiple of 16; the crop is to a pixel, and the intrinsics know of it."""
+    (tmp_path / 'a').mkdir()
+    for i, x in enumerate(gradient(5, 33, 47)):
+        iio.imwrite(tmp_path / 'a' / f'{i}.png', x)
+    realestate(tmp_path / 'a.txt', C2W[:5])
+    find_videos.cache_clear()
+    clips, _ = folder_clips(Config(world='folder', videos=str(tmp_path), frames=5, pose_scale=1.0, height=32, width=32), 0, [0])
+    assert clips['frames'].shape == (1, 5, 32, 32, 3)
+    torch.testing.assert_close(clips['K'][0], crop_intrinsics(torch.tensor([.6, .8, .5, .5]), 7 / 47, 0, 33 / 47, 1), rtol=0, atol=1e-6)
+    wrong = run('data.py', '--world', 'folder', '--videos', tmp_path, '--pose_scale', 1, '--height', 40, '--out', tmp_path / 'x', ok=False)
+    assert 'height and width multiples of 16' in wrong

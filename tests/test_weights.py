@@ -1,4 +1,5 @@
 """Checkpoints in and out: one tiny random network in every layout that `load_model` reads."""
+import glob
 import json
 import os
 import subprocess
@@ -55,6 +56,36 @@ def test_shards(model, tmp_path):
     os.remove(tmp_path / 'diffusion_pytorch_model-00002-of-00003.safetensors')
     with pytest.raises(BadInput, match='00002-of-00003.safetensors: no such file'):
         load_model(str(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+def test_loading_takes_one_shard_of_spare_memory(tmp_path):
+    """Beside the model itself: its tensors go from a mapped file to their place one by one, none is held twice."""
+    cfg = ModelConfig(**TINY | dict(dim=384, ffn_dim=2048, num_layers=10, num_heads=3), camera='none')
+    state = DiT(cfg).state_dict()
+    names, where = sorted(state), {}
+    for i in range(4):
+        part = names[i * len(names) // 4:(i + 1) * len(names) // 4]
+        save_file({k: state[k] for k in part}, tmp_path / f'{i}.safetensors')
+        where |= {k: f'{i}.safetensors' for k in part}
+    write_config(tmp_path, CONFIG | dict(num_heads=3))
+    (tmp_path / 'x.safetensors.index.json').write_text(json.dumps({'weight_map': where}))
+    code = f"""if True:
+        import sys, threading, time
+        sys.path.insert(0, {ROOT!r})
+        from model import load_model
+        anonymous = lambda: int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) / 1024
+        load_model({str(tmp_path / "warm")!r})                                # what a first load needs for itself
+        start, peak, done = anonymous(), [0], []
+        watch = threading.Thread(target=lambda: [peak.append(anonymous()) or time.sleep(.001) for _ in iter(lambda: not done, False)])
+        watch.start()
+        model, _ = load_model({str(tmp_path)!r})
+        done.append(True)
+        print(max(peak) - start)"""
+    save_wan(str(tmp_path / 'warm'), DiT(ModelConfig(**TINY, camera='none')))
+    taken = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
+    size, shard = (sum(os.path.getsize(f) for f in files) / 2 ** 20 for files in (glob.glob(f'{tmp_path}/?.safetensors'), [tmp_path / '0.safetensors']))
+    assert size > 100 and .9 * size < taken < size + shard, (taken, size, shard)
 
 
 def test_diffusers_own_class(model, tmp_path):
