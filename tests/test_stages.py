@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, run
 from model import load_tensors
 
-FLAGS = ['--frames', 5, '--batch', 4, '--log_every', 1, '--eval_every', 2, '--device', 'cpu']
+FLAGS = ['--frames', 5, '--batch', 4, '--log_every', 1, '--device', 'cpu']
 SMALL = [*FLAGS, '--sample_steps', 2]                         # for the stages that have it
 
 
@@ -25,13 +25,13 @@ SMALL = [*FLAGS, '--sample_steps', 2]                         # for the stages t
 def chain(data, tmp_path_factory):
     """base -> camera -> ar -> ode, cd -> dmd, four steps each; the folder with their files."""
     out = str(tmp_path_factory.mktemp('out'))
-    args = ['--data', data, '--out', out, '--steps', 4, *SMALL]
+    args = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *SMALL]
     run('finetune_camera.py', '--camera', 'none', *args)
     text = run('finetune_camera.py', '--init', f'{out}/base.safetensors', *args)
     assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
     text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
     assert 'camera, 4 steps' in text and 'gate: ' in text
-    few = ['--data', data, '--out', out, '--steps', 4, *FLAGS, '--init', f'{out}/ar.safetensors', '--teacher_steps', 8, '--pairs', 6]
+    few = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *FLAGS, '--init', f'{out}/ar.safetensors', '--teacher_steps', 8, '--pairs', 6]
     text = run('distill_ode.py', *few)
     assert 'ar, 4 steps' in text and '6 pairs, ' in text and ' MB' in text
     run('distill_ode.py', '--method', 'cd', *few)
