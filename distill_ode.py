@@ -157,7 +157,6 @@ def cd_loss(net, cfg, batch, teacher, averaged):
     error = (v_to_x0(x_t, teacher_forced(net, net.cfg, batch, x_t, t), t) - target).square().mean((2, 3, 4))
     return error.mean(), error, t
 
-
 # -----------------------------------------------------------------------------
 # pairs on disk, in the format of data.py, so that get_batch reads them
 
@@ -350,7 +349,9 @@ def main(cfg, stage):
                 log.write(json.dumps(line) + '\n')
             sums, began = torch.zeros(9, device=device), time.time()
         if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            pause = time.time()
             score(step + 1)
+            began += time.time() - pause                                      # an evaluation is no step's time
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
 

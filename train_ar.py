@@ -225,7 +225,9 @@ def main(cfg, stage):
                 log.write(json.dumps(line) + '\n')
             sums, began = torch.zeros(9, device=device), time.time()
         if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            pause = time.time()
             score(step + 1)
+            began += time.time() - pause                                      # an evaluation is no step's time
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             save_resume(f'{path}.resume.safetensors', model, ema, optimizers, step + 1, config)
 
