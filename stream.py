@@ -211,12 +211,12 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
     frame (M,): which frame of a walk from `start` (4, 4) each picture is; K (4,). A bank of small views of the world, on a
     grid of 0.25 m x 10 degrees (yaw and pitch) over all that a walk can reach by that frame (frame + 2 key units), is
     searched; the four best views, after two steps the best of them, are refined by damped Gauss-Newton on (x, z, yaw,
-    pitch) against small renders. Both times a pixel of squared error r costs r / (r + .03) (Geman and McClure 1985): what
+    pitch) against small renders. Both times a pixel of squared error r costs r / (r + limit) (Geman and McClure 1985): what
     a dream made up, because nobody had looked there, is wrong however the camera stood, and must not pull. The commanded
     path is never looked at.
     """
-    robust = lambda r: (r / (r + .03)).sum(-1)
-    M, reach, N = len(pictures), int(frame.max()) + 2, 4
+    M, reach, N, limit = len(pictures), int(frame.max()) + 2, 4, .03
+    robust = lambda r: (r / (r + limit)).sum(-1)
     small = lambda n: F.interpolate(pictures.movedim(-1, 1), (n, n), mode='area').movedim(1, -1)
     # the places, and one panorama of 6 degrees a cell from each, from which the views of all directions are read
     grid = torch.arange(-reach, reach + 1) * metres
@@ -253,7 +253,7 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
             best = robust(error).view(M, N).argmin(1) + N * torch.arange(M)
             state, view, c2w, error, damp, target = (x[best] for x in (state, view, c2w, error, damp, target))
         J = torch.stack([look(state + unit * e)[0] - view for e in torch.eye(4, dtype=torch.float64)], -1)
-        weighted = ((1 + error / .03) ** -2)[..., None, None] * J                                    # d robust / d error
+        weighted = ((1 + error / limit) ** -2)[..., None, None] * J                                    # d robust / d error
         A = torch.einsum('mpci,mpcj->mij', weighted, J)
         g = torch.einsum('mpci,mpc->mi', weighted, target - view)
         A = A + damp[:, None, None] * torch.diag_embed(A.diagonal(dim1=-2, dim2=-1) + 1e-6)
