@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.utils.benchmark import Timer
 
 from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys,
                     rays, relative)
@@ -233,9 +234,12 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
     i = ((torch.rad2deg(torch.asin(v[..., 1])) + 72) / 6).long().clamp(0, len(down) - 1)             # (T, 8, 8)
     j = ((torch.rad2deg(torch.atan2(v[..., 0], v[..., 2])) + 180) / 6).long() % down.shape[1]
     bank = panorama[:, i, j].flatten(0, 1).flatten(1, 2)                                             # (P T, 8 8, 3)
-    cost = torch.stack([robust((bank - q).square_().sum(-1)) for q in small(8).flatten(1, 2)])       # (M, P T)
-    far = torch.maximum(places.norm(dim=1)[:, None] / metres, turn.abs() / degrees).flatten()
-    best = cost.masked_fill(far > frame[:, None] + 2.01, torch.inf).topk(N, 1, largest=False)[1].flatten()
+    far = torch.maximum(places.norm(dim=1)[:, None] / metres, turn.abs() / degrees).flatten() > frame[:, None] + 2.01
+    q = small(8).flatten(1, 2)
+    cost = torch.cdist(q.flatten(1), bank.flatten(1)).masked_fill(far, torch.inf)                    # (M, P T)
+    best = cost.topk(min(2000, cost.shape[1]), 1, largest=False)[1]                                  # worth the robust cost
+    cost = robust((bank[best] - q[:, None]).square_().sum(-1)).masked_fill(far.gather(1, best), torch.inf)
+    best = best.gather(1, cost.topk(N, 1, largest=False)[1]).flatten()
     p, t = best // len(turn), best % len(turn)
     state = torch.stack([o[p][:, 0], o[p][:, 2], yaw0 + turn[t], pitch[t]], -1).double()             # (M N, 4)
     # refine them together; pictures are compared at 32 x 32, slightly blurred
@@ -252,7 +256,7 @@ def locate(world, pictures, frame, start, K, metres=.25, degrees=10.):
         if step == 2:
             best = robust(error).view(M, N).argmin(1) + N * torch.arange(M)
             state, view, c2w, error, damp, target = (x[best] for x in (state, view, c2w, error, damp, target))
-        J = torch.stack([look(state + unit * e)[0] - view for e in torch.eye(4, dtype=torch.float64)], -1)
+        J = (look(torch.cat([state + unit * e for e in torch.eye(4).double()]))[0].unflatten(0, (4, -1)) - view).movedim(0, -1)
         weighted = ((1 + error / limit) ** -2)[..., None, None] * J                                    # d robust / d error
         A = torch.einsum('mpci,mpcj->mij', weighted, J)
         g = torch.einsum('mpci,mpc->mi', weighted, target - view)
@@ -318,14 +322,15 @@ def score(model, cfg, header, codec, device, find_poses=True):
             value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
             out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
     if recipe['world'] == 'lowpoly' and codec.stride == 1 and find_poses and first is not None and length <= 17:   # further, the search is too wide
-        worlds = [Lowpoly([plan], [palette]) for plan, palette in zip(*lowpoly.seeds)]
-        found = [torch.stack([locate(*x) for x in zip(worlds, v[:, 1:], torch.arange(1, length).expand(n, -1), c2w[:, 0], K)])
-                 for v in (truth, ceiling, dream)]
-        rot, trans = (x.view(n, 3, -1) for x in pose_error(torch.cat(found, 1), c2w[:, 1:].repeat(1, 3, 1, 1)))
-        lost = (rot[:, 0] > 2) | (trans[:, 0] > .15)         # the true frame itself cannot be located: a bare wall
-        median = lambda x: [None] + x.masked_fill(lost, torch.nan).nanmedian(0)[0].tolist()
-        out |= dict(rot_err_deg=median(rot[:, 2]), trans_err_m=median(trans[:, 2]), rot_err_deg_ceiling=median(rot[:, 1]),
-                    trans_err_m_ceiling=median(trans[:, 1]), n_dropped=int(lost.sum()), n_views=lost.numel())
+        def errors(v):                                       # (len(v), length - 1) each, degrees and metres
+            views = zip(*lowpoly.seeds, v[:, 1:], torch.arange(1, length).expand(n, -1), c2w[:, 0], K)
+            return pose_error(torch.stack([locate(Lowpoly([a], [b]), *x) for a, b, *x in views]), c2w[:len(v), 1:])
+        rot, trans = errors(truth)
+        lost = (rot > 2) | (trans > .15)                     # the true frame itself cannot be located: a bare wall
+        median = lambda x: [None] + x.masked_fill(lost[:len(x)], torch.nan).nanmedian(0)[0].tolist()
+        for name, v in (('', dream), ('_ceiling', ceiling[:16])):
+            out |= dict(zip((f'rot_err_deg{name}', f'trans_err_m{name}'), map(median, errors(v))))
+        out |= dict(n_dropped=int(lost.sum()), n_views=lost.numel())
     if cfg.score:
         write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6], dream[:6])
     return out | dict(n_paths=n, steps=cfg.steps, guidance=cfg.guidance, world=recipe['world'], plans=recipe['plans'],
@@ -566,7 +571,7 @@ def bench(model, cfg, header, codec, device):
     """Random keys, unpaced, one path; the first 20 frames are left out. Latency: key received to frame bytes."""
     recipe, m = header['data']['recipe'], model.cfg
     H, W, frames = recipe['height'], recipe['width'], cfg.frames or 2100
-    rng, stamps, decoder = np.random.default_rng(cfg.seed), [], []
+    rng, stamps, decoder, done = np.random.default_rng(cfg.seed), [], [], []
     began = time.perf_counter()
     world, captions = held_out(cfg, header, [cfg.clip])
     text, decode = codec.embed(captions, m).to(device), codec.stream()
@@ -580,7 +585,6 @@ def bench(model, cfg, header, codec, device):
             pose = make_pose(*(torch.tensor(x, dtype=torch.float32) for x in zip(*states)))
             yield Camera(pose[None].to(device), world['K'][:, None].expand(-1, n, -1).to(device))
     noise = noise_for([cfg.seed], (m.in_dim, H // 8, W // 8), device)
-    done = []
     how = sampler(cfg, header, m.shift)
     for z in rollout(model, cameras(), text, noise=noise, first=codec.encode(world['frames'][:, :1]).to(device), **how):
         start = time.perf_counter()
@@ -599,12 +603,8 @@ def bench(model, cfg, header, codec, device):
     calls = (cfg.steps + 1 / m.chunk) * (1 + (cfg.guidance != 1))
     flops = calls * tokens * (2 * weights + 4 * m.num_layers * m.dim * tokens * window * .75)
     a = torch.randn(1024, 1024, device=device, dtype=next(model.parameters()).dtype)
-    speed = []
-    for _ in range(10):
-        t = time.perf_counter()
-        (a @ a).sum().item()
-        speed.append(2 * 1024 ** 3 / (time.perf_counter() - t))
-    floor = flops / max(speed)
+    product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
+    floor = flops / (2 * 1024 ** 3) * min(product.timeit(1).mean for _ in range(10))
     peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
     return dict(fps=1 / per_frame, fps_denoiser=1 / (per_frame - decoder[warm:].mean() / m.chunk),

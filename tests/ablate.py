@@ -6,9 +6,11 @@ plot where matplotlib is installed.
     python tests/ablate.py batch camera --table                              # of the runs that are there
 
 Needs out/base.safetensors and data/lowpoly-500 (bash run.sh); leaves out/ablate/. Stopped? Start it again: it goes on.
-The measure of control is gap@7: by how many dB frame 7 is nearer to the truth on its own path than on another clip's.
+The measure of control is gap@7: by how many dB frame 7 is nearer to the truth on its own path than on another clip's. `camera`
+is a curve: there the frames' poses are found, too, by looking, every 200 steps.
 """
 import json
+import math
 import os
 import shutil
 import statistics
@@ -20,17 +22,24 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+try:
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
 from conftest import ROOT
 import data
 import finetune_camera
-from camera import make_pose
-from model import load_tensors, save_tensors
+import stream
+from camera import make_pose, pose_error
+from model import load_tensors, sample_clip, save_tensors, schedule
 
 DATA, OUT = f'{ROOT}/data/lowpoly-500', f'{ROOT}/out/ablate'
 SCRATCH = dict(init='none', steps=800)                        # what the base model, too, must have been trained with
 EXPERIMENTS = {                                               # name: (what is varied, {value: what it changes})
-    'camera': ('camera path', {f'{path}, {n} steps': dict(camera=path, steps=n) if path != 'none' else dict(drop_camera=1., steps=n)
-                               for path in ('plucker', 'prope', 'plucker+prope', 'none') for n in (150, 400)}),
+    'camera': ('camera path', {path: dict(steps=600, eval_every=200, poses_of=(1, 4, 7)) |
+                               (dict(camera=path) if path != 'none' else dict(drop_camera=1.))
+                               for path in ('plucker', 'prope', 'plucker+prope', 'none')}),
     'steps': ('steps', {n: dict(steps=n) for n in (100, 200, 400, 800, 1600)}),
     'batch': ('batch', {f'{b} x {n} steps': dict(batch=b, steps=n) for b, n in ((2, 400), (8, 400), (32, 400), (2, 1600), (32, 100))}),
     'poses': ('noise of the training poses', {f'{d} degrees, {m} m': dict(poses=(d, m)) for d, m in ((0, 0), (1, .02), (3, .06), (10, .2))}),
@@ -66,8 +75,36 @@ def noisy_poses(degrees, metres):
     return change
 
 
-def one(out, seed, gamma=data.GAMMA, shift=None, poses=None, **changed):
+def with_poses(evaluate, frames):
+    """`evaluate`, which also finds by looking where the camera stood: medians over the clips, degrees and metres, by frame."""
+    known = []
+
+    @torch.no_grad()
+    def evaluate_and_look(model, cfg, clips, device, strip=None):
+        n = min(cfg.eval_clips, len(clips))
+        batch = data.get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
+        dream = clips.codec().decode(sample_clip(model, batch.eps, batch.text, batch.camera,
+                                                 schedule(cfg.sample_steps, model.cfg.shift), batch.x0[:, :1]))
+        world, _ = stream.held_out(stream.Config(), {'data': clips.manifest}, range(n))
+        c2w, at = world['c2w'][:, frames], torch.tensor(frames)
+
+        def errors(pictures):
+            found = [stream.locate(data.Lowpoly([plan], [palette]), x, at, path[0], K) for plan, palette, x, path, K in
+                     zip(world['plan'].tolist(), world['palette'].tolist(), pictures[:, frames], world['c2w'], world['K'])]
+            return pose_error(torch.stack(found), c2w)
+        if not known:                             # the true frame itself cannot be located: a bare wall
+            rot, trans = errors(clips.truth(n, cfg.frames))
+            known.append((rot > 2) | (trans > .15))
+        rot, trans = (x.masked_fill(known[0], torch.nan).nanmedian(0)[0].tolist() for x in errors(dream))
+        return evaluate(model, cfg, clips, device, strip) | {f'rot@{f}': x for f, x in zip(frames, rot)} | {
+            f'trans@{f}': x for f, x in zip(frames, trans)}
+    return evaluate_and_look
+
+
+def one(out, seed, gamma=data.GAMMA, shift=None, poses=None, poses_of=None, **changed):
     """One run, in this process."""
+    if poses_of:
+        finetune_camera.evaluate = with_poses(finetune_camera.evaluate, list(poses_of))
     folder = DATA
     if gamma != data.GAMMA:
         old, data.SCALE = data.SCALE, data.DCT_STD ** gamma * (data.DCT_STD ** (2 - 2 * gamma)).mean().sqrt()
@@ -102,29 +139,63 @@ def main(names, train):
                     subprocess.run([sys.executable, '-c', code], check=True, cwd=f'{ROOT}/tests', env=os.environ | {'PYTHONPATH': ROOT})
                     os.remove(f'{out}/camera.resume.safetensors')
                 if os.path.exists(f'{out}/camera.safetensors'):
-                    with safe_open(f'{out}/camera.safetensors', 'pt') as f:
-                        rows.setdefault(value, []).append(json.loads(f.metadata()['meta'])['metrics'])
-        table(name, what, rows)
+                    if name == 'camera':
+                        with open(f'{out}/camera.jsonl') as f:
+                            for line in map(json.loads, f):
+                                if 'rot@7' in line:
+                                    rows.setdefault((value, line['step']), {})[seed] = line
+                    else:
+                        with safe_open(f'{out}/camera.safetensors', 'pt') as f:
+                            rows.setdefault(value, {})[seed] = json.loads(f.metadata()['meta'])['metrics']
+        if name == 'camera':
+            curves(what, rows)
+        else:
+            table(name, what, rows)
+
+
+def cells(runs, keys):
+    """Mean ± standard deviation over the seeds, of each key."""
+    columns = [[run[k] for run in runs.values()] for k in keys]
+    return [f'{statistics.mean(x):.2f} ± {statistics.stdev(x) if len(x) > 1 else math.nan:.2f}' for x in columns]
 
 
 def table(name, what, rows):
     """Mean and standard deviation over the seeds, printed; with matplotlib, the control drawn against what is varied."""
     keys = 'val_loss', 'psnr@1', 'psnr@7', 'gap@7'
-    spread = lambda x: statistics.stdev(x) if len(x) > 1 else float('nan')
     print(f'\n| {what} | seeds | ' + ' | '.join(keys) + ' |\n' + '|---' * (len(keys) + 2) + '|')
     for value, runs in rows.items():
-        cells = ([run[k] for run in runs] for k in keys)
-        print(f'| {value} | {len(runs)} | ' + ' | '.join(f'{statistics.mean(x):.2f} ± {spread(x):.2f}' for x in cells) + ' |')
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    gaps = [[run['gap@7'] for run in runs] for runs in rows.values()]
-    pyplot.figure(figsize=(5, 3))
-    pyplot.errorbar(range(len(gaps)), [statistics.mean(g) for g in gaps], [spread(g) for g in gaps], marker='o', capsize=3)
-    pyplot.xticks(range(len(gaps)), [str(v).replace(', ', '\n') for v in rows], fontsize=7)
-    pyplot.xlabel(what)
-    pyplot.ylabel('gap@7, dB')
+        print(f'| {value} | {len(runs)} | ' + ' | '.join(cells(runs, keys)) + ' |')
+    if pyplot:
+        gaps = [[run['gap@7'] for run in runs.values()] for runs in rows.values()]
+        pyplot.figure(figsize=(5, 3))
+        pyplot.errorbar(range(len(gaps)), [np.mean(g) for g in gaps], [np.std(g) for g in gaps], marker='o', capsize=3)
+        pyplot.xticks(range(len(gaps)), [str(v).replace(', ', '\n') for v in rows], fontsize=7)
+        pyplot.xlabel(what)
+        pyplot.ylabel('gap@7, dB')
+        save(name)
+
+
+def curves(what, rows):
+    """The same against steps, with the errors of the pose."""
+    keys = 'val_loss', 'psnr@7', 'gap@7', 'rot@1', 'rot@4', 'rot@7', 'trans@1', 'trans@4', 'trans@7'
+    print(f'\n| {what} | steps | seeds | ' + ' | '.join(keys) + ' |\n' + '|---' * (len(keys) + 3) + '|')
+    for (value, step), runs in rows.items():
+        print(f'| {value} | {step} | {len(runs)} | ' + ' | '.join(cells(runs, keys)) + ' |')
+    if pyplot:
+        _, axes = pyplot.subplots(1, 3, figsize=(10, 3))
+        for axis, key, title in zip(axes, ('gap@7', 'rot@4', 'trans@4'), ('right path against wrong, frame 7, dB',
+                                    'rotation error, frame 4, degrees', 'translation error, frame 4, m')):
+            for path in dict.fromkeys(value for value, _ in rows):
+                steps = [step for value, step in rows if value == path]
+                runs = [[run[key] for run in rows[path, step].values()] for step in steps]
+                axis.errorbar(steps, [np.mean(r) for r in runs], [np.std(r) for r in runs], marker='o', capsize=3, label=path)
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel('steps')
+        axes[0].legend(fontsize=8)
+        save('camera')
+
+
+def save(name):
     pyplot.tight_layout()
     pyplot.savefig(f'{OUT}/{name}.png', dpi=130)
     pyplot.close()
