@@ -143,20 +143,24 @@ def main(names, train):
                         with open(f'{out}/camera.jsonl') as f:
                             for line in map(json.loads, f):
                                 if 'rot@7' in line:
-                                    rows.setdefault((value, line['step']), {})[seed] = line
+                                    rows.setdefault((value, line['step']), []).append(line)
                     else:
                         with safe_open(f'{out}/camera.safetensors', 'pt') as f:
-                            rows.setdefault(value, {})[seed] = json.loads(f.metadata()['meta'])['metrics']
+                            rows.setdefault(value, []).append(json.loads(f.metadata()['meta'])['metrics'])
         if name == 'camera':
             curves(what, rows)
         else:
             table(name, what, rows)
 
 
+def spread(runs, key):
+    """Mean and standard deviation over the seeds."""
+    x = [run[key] for run in runs]
+    return statistics.mean(x), statistics.stdev(x) if len(x) > 1 else math.nan
+
+
 def cells(runs, keys):
-    """Mean ± standard deviation over the seeds, of each key."""
-    columns = [[run[k] for run in runs.values()] for k in keys]
-    return [f'{statistics.mean(x):.2f} ± {statistics.stdev(x) if len(x) > 1 else math.nan:.2f}' for x in columns]
+    return ['{:.2f} ± {:.2f}'.format(*spread(runs, k)) for k in keys]
 
 
 def table(name, what, rows):
@@ -166,10 +170,9 @@ def table(name, what, rows):
     for value, runs in rows.items():
         print(f'| {value} | {len(runs)} | ' + ' | '.join(cells(runs, keys)) + ' |')
     if pyplot:
-        gaps = [[run['gap@7'] for run in runs.values()] for runs in rows.values()]
         pyplot.figure(figsize=(5, 3))
-        pyplot.errorbar(range(len(gaps)), [np.mean(g) for g in gaps], [np.std(g) for g in gaps], marker='o', capsize=3)
-        pyplot.xticks(range(len(gaps)), [str(v).replace(', ', '\n') for v in rows], fontsize=7)
+        pyplot.errorbar(range(len(rows)), *zip(*(spread(runs, 'gap@7') for runs in rows.values())), marker='o', capsize=3)
+        pyplot.xticks(range(len(rows)), [str(v).replace(', ', '\n') for v in rows], fontsize=7)
         pyplot.xlabel(what)
         pyplot.ylabel('gap@7, dB')
         save(name)
@@ -187,8 +190,7 @@ def curves(what, rows):
                                     'rotation error, frame 4, degrees', 'translation error, frame 4, m')):
             for path in dict.fromkeys(value for value, _ in rows):
                 steps = [step for value, step in rows if value == path]
-                runs = [[run[key] for run in rows[path, step].values()] for step in steps]
-                axis.errorbar(steps, [np.mean(r) for r in runs], [np.std(r) for r in runs], marker='o', capsize=3, label=path)
+                axis.errorbar(steps, *zip(*(spread(rows[path, step], key) for step in steps)), marker='o', capsize=3, label=path)
             axis.set_title(title, fontsize=9)
             axis.set_xlabel('steps')
         axes[0].legend(fontsize=8)
