@@ -145,7 +145,7 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
     """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
     that either leaves, of whole tensors, is the same, so that a run may go on with another number of processes."""
     start = {'camera': 'base', 'ar': 'camera', 'ode': 'ar', 'cd': 'ar'}[stage]
-    args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, '--dtype', 'float32', '--muon', False, '--save_every', 1]
+    args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, '--dtype', 'float32', '--muon', False]
     args += [*FLAGS, '--teacher_steps', 8, '--pairs', 6, '--method', stage] if stage in ('ode', 'cd') else SMALL
     args += ['--out', 'out']                     # each in a folder of its own
     for name in ('one', 'two', 'all', 'alone'):
@@ -153,7 +153,7 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
     run(script, *args, cwd=tmp_path / 'one')
     if stage == 'ar':                            # saved on two processes: goes on on one, and on two
         with ThreadPoolExecutor() as pool:
-            whole = pool.submit(run, script, *args, '--shard', 'fsdp', torchrun=2, cwd=tmp_path / 'all')
+            whole = pool.submit(run, script, *args, '--shard', 'fsdp', '--save_every', 4, torchrun=2, cwd=tmp_path / 'all')
             while not (tmp_path / 'all/out/ar.resume.safetensors').exists() and not whole.done():
                 time.sleep(.02)
             for to in ('alone', 'two'):
@@ -163,7 +163,7 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
             whole.result()
         assert 'go on from' in run(script, *args, cwd=tmp_path / 'alone')
     else:
-        kill_during(script, stage, args, tmp_path / 'two/out')
+        kill_during(script, stage, [*args, '--save_every', 1], tmp_path / 'two/out')
         run(script, *args, '--shard', 'fsdp', torchrun=2, cwd=tmp_path / 'all')
     assert 'go on from' in run(script, *args, '--shard', 'fsdp', '--checkpoint', True, torchrun=2, cwd=tmp_path / 'two')
     for other in ('two', 'all') + ('alone',) * (stage == 'ar'):
