@@ -43,7 +43,7 @@ def chain(data, tmp_path_factory):
 
 def dmd_args(data, out):
     return ['--data', data, '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--frames', 5, '--batch', 4,
-            '--critic', 2, '--steps', 4, '--eval_every', 2, '--log_every', 1, '--device', 'cpu']
+            '--critic', 2, '--before', 8, '--steps', 4, '--eval_every', 2, '--log_every', 1, '--device', 'cpu']
 
 
 def logged(key, out, stage='ar'):
