@@ -31,7 +31,7 @@ recipe)
     python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
     python distill_ode.py --data "$DATA" --init "$OUT/ar.safetensors" --out "$OUT"                 ; took few-step
     python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
-    python stream.py --ckpt "$OUT/dmd.safetensors" --truth True --out "$OUT/walk.mp4"
+    python stream.py --ckpt "$OUT/dmd.safetensors" --clip 4 --keys "w*3,wl*3,l*2" --truth True --out "$OUT/walk.mp4"
     for stage in ar dmd; do
         python stream.py --ckpt "$OUT/$stage.safetensors" --score "$OUT/$stage.json"
     done                                                                                           ; took "walk and tables" ;;
