@@ -292,7 +292,7 @@ def main(cfg, stage):
     config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every', 'eval_every')}
     model.checkpoint = cfg.checkpoint
     net = shard(model, cfg.shard)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2))
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), dtype)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
     start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)

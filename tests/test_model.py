@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import model as model_py
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from conftest import ROOT
-from model import (PRESETS, DiT, KVCache, ModelConfig, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
+from model import (Muon, PRESETS, DiT, KVCache, ModelConfig, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
                    dense_attention, flex_frame_attention, gate, learning_rate, load_model, make_optimizers, mask_rows, rotary_table,
                    rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
 
@@ -160,10 +160,25 @@ def test_ema_optimizers_and_learning_rate():
     ema = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     update_ema(ema, model, .9, 10 ** 6)
     torch.testing.assert_close(ema['head.head.weight'], .1 * model.head.head.weight.detach())
-    adam, muon = make_optimizers(model, 1e-3, True, (.9, .99))
+    adam, muon = make_optimizers(model, 1e-3, True, (.9, .99), torch.float32)
     count = lambda o: sum(len(g['params']) for g in o.param_groups)
     assert count(adam) + count(muon) == len(list(model.parameters())) and count(muon) == 2 * 10
     assert [learning_rate(s, 100, 1, 10, .5) for s in (0, 9, 49, 75, 99)] == pytest.approx([.1, 1, 1, .5, .02])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_muon_is_torchs(dtype):
+    def train(optimizer, **knobs):
+        g = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((48, 32), (32, 48), (48, 32), (32, 32))]
+        opt = optimizer(weights, lr=.01, weight_decay=.01, **knobs)
+        for _ in range(5):
+            for w in weights:
+                w.grad = torch.randn(w.shape, generator=g)
+            opt.step()
+        return weights
+    for ours, theirs in zip(train(Muon, dtype=dtype), train(torch.optim.Muon, adjust_lr_fn='match_rms_adamw')):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)          # they move by .05; theirs is in bfloat16
 
 
 def test_cache_refuses_to_overflow():

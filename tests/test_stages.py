@@ -129,8 +129,7 @@ def test_dmd_on_two_processes_equals_one(data, chain, tmp_path):
 
 
 def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
-    # Muon's iteration is in bfloat16 whatever the weights are, so that float32 is AdamW alone
-    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32', '--muon', False]
+    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32']
     run('train_ar.py', *args, '--out', tmp_path / 'one')
     run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
     run('train_ar.py', *args, '--out', tmp_path / 'accum', '--accum', 2)
