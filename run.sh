@@ -13,7 +13,6 @@ if ! cmp -s requirements.txt .venv/installed; then
     cp requirements.txt .venv/installed
 fi
 source .venv/bin/activate
-export THP_MEM_ALLOC_ENABLE=1          # torch asks Linux for huge pages: a step takes about 8 % less
 
 case "${1:-recipe}" in
 play)
