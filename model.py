@@ -661,40 +661,32 @@ def pick_device(device='auto', dtype='auto', local_rank=0):
     return torch.device(device), getattr(torch, dtype)
 
 
-def orthogonal(G):
-    """The orthogonal matrices next to G (n, a, b), about: 5 Newton-Schulz steps leave singular values of .7 to 1.2, in G's
-    dtype (Muon: Jordan et al. 2024)."""
-    X = G if G.shape[-2] <= G.shape[-1] else G.mT
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X if X.shape == G.shape else X.mT
-
-
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with 'match_rms_adamw' (Moonlight: one learning rate serves AdamW too), but matrices of one shape
-    go together and `dtype` is free: torch's iteration is always in bfloat16, 40 times as slow where no hardware multiplies it."""
-    def __init__(self, params, lr, weight_decay, dtype, momentum=.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    """Muon (Jordan et al. 2024), its step scaled to AdamW's RMS (Moonlight) so that one learning rate serves both. As
+    torch.optim.Muon, but in any dtype: torch's is always in bfloat16, which is slow where no hardware multiplies it."""
+    def __init__(self, params, lr, weight_decay, dtype):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, params = group['lr'], group['momentum'], [p for p in group['params'] if p.grad is not None]
-            for shape in {p.shape for p in params}:
-                same = [p for p in params if p.shape == shape]
-                grads, past = [p.grad for p in same], [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in same]
-                torch._foreach_lerp_(past, grads, 1 - momentum)
-                update = torch.stack(torch._foreach_lerp(grads, past, momentum)).to(self.dtype)
-                torch._foreach_mul_(same, 1 - lr * group['weight_decay'])
-                torch._foreach_add_(same, orthogonal(update).to(same[0].dtype).unbind(), alpha=-lr * .2 * max(shape) ** .5)
+            for p in (p for p in group['params'] if p.grad is not None):
+                if p not in self.state:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                momentum = self.state[p]['momentum_buffer'].lerp_(p.grad, .05)
+                X, tall = p.grad.lerp(momentum, .95).to(self.dtype), p.shape[0] > p.shape[1]
+                X = (X.mT if tall else X) / X.norm().clamp(min=1e-7)
+                for _ in range(5):                             # Newton-Schulz: singular values to about 1
+                    A = X @ X.mT
+                    X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                p.add_(X.mT if tall else X, alpha=-group['lr'] * .2 * max(p.shape) ** .5)
 
 
 def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):
-    """AdamW for all parameters or, with muon, Muon (computing in dtype) for the 2-D weights inside the blocks and AdamW for
-    the rest."""
+    """AdamW for all parameters or, with muon, Muon, computing in dtype, for the 2-D weights inside the blocks and
+    AdamW for the rest."""
     hidden = [p for n, p in model.named_parameters() if muon and n.startswith('blocks') and p.ndim == 2]
     rest = [p for n, p in model.named_parameters() if not (muon and n.startswith('blocks') and p.ndim == 2)]
     if any(hasattr(p, 'full_tensor') for p in hidden):

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import model as model_py
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from conftest import ROOT
-from model import (Muon, PRESETS, DiT, KVCache, ModelConfig, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
+from model import (PRESETS, DiT, KVCache, ModelConfig, Muon, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
                    dense_attention, flex_frame_attention, gate, learning_rate, load_model, make_optimizers, mask_rows, rotary_table,
                    rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
 

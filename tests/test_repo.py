@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-BUDGET = {'model.py': 990, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 380,
+BUDGET = {'model.py': 980, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 380,
           'distill_dmd.py': 400, 'stream.py': 670}
 
 
@@ -19,7 +19,7 @@ def read(name):
 def test_line_budgets():
     lines = {name: len(read(name).splitlines()) for name in BUDGET}
     over = {k: v for k, v in lines.items() if v > BUDGET[k]}
-    assert not over and sum(lines.values()) <= 3850, lines
+    assert not over and sum(lines.values()) <= 3841, lines
     assert {os.path.basename(f) for f in glob.glob(f'{ROOT}/*.py')} <= set(BUDGET)
 
 
