@@ -692,7 +692,7 @@ def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):
     if any(hasattr(p, 'full_tensor') for p in hidden):
         raise BadInput('--shard fsdp: Muon needs whole matrices: add --muon False')
     opts = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)]
-    return opts + [Muon(hidden, lr, weight_decay, dtype)] * muon
+    return opts + ([Muon(hidden, lr, weight_decay, dtype)] if muon else [])
 
 
 def shard(model, how, offload=False):
