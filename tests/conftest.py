@@ -1,6 +1,9 @@
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +11,9 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
+os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')])
+forks = multiprocessing.get_context('forkserver')             # a process that has imported torch once, for all scripts
+forks.set_forkserver_preload(['stream', 'torch._dynamo', 'torch.distributed.fsdp'])
 
 
 @pytest.fixture(scope='session')
@@ -18,15 +24,46 @@ def data(tmp_path_factory):
                        height=32, width=32))
 
 
-def run(script, *args, ok=True, torchrun=0, cwd=ROOT, **env):
-    """Run a script as a user would; returns its output. With ok=False it must fail with one clear sentence."""
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}'] if torchrun else []
-    p = subprocess.run([sys.executable, *launch, os.path.join(ROOT, script), *map(str, args)], cwd=cwd, text=True,
-                       capture_output=True, env={'OMP_NUM_THREADS': '2'} | os.environ | ({'OMP_NUM_THREADS': '1'} if torchrun else {}) | env)
+def _script(script, args, cwd, env, log):
+    os.chdir(cwd)
+    os.environ.update(env)
+    for fd, end in ((1, 'out'), (2, 'err')):
+        os.dup2(os.open(f'{log}.{end}', os.O_WRONLY | os.O_CREAT), fd)
+    torch.set_num_threads(int(env['OMP_NUM_THREADS']))
+    sys.argv = [os.path.join(ROOT, script), *map(str, args)]
+    sys.path[:0] = [ROOT, *env.get('PYTHONPATH', '').split(os.pathsep)]
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+def start(script, *args, torchrun=0, cwd=ROOT, **env):
+    """Start a script: processes that are spared the imports, and the folder of their output. torchrun: so many of them, told
+    what torchrun would tell them."""
+    told = {'OMP_NUM_THREADS': '1' if torchrun else os.environ.get('OMP_NUM_THREADS', '2')}
+    if torchrun:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            told |= {'WORLD_SIZE': str(torchrun), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
+    logs, ps = tempfile.TemporaryDirectory(), []
+    for r in map(str, range(max(1, torchrun))):
+        ps.append(forks.Process(target=_script, args=(script, args, cwd, told | {'RANK': r, 'LOCAL_RANK': r} | env, f'{logs.name}/{r}')))
+        ps[-1].start()
+    return ps, logs
+
+
+def finish(ps, logs, ok=True):
+    """Wait for what was started; returns its output. With ok=False it must fail with one clear sentence."""
+    for p in ps:
+        p.join()
+    out, err = (''.join(open(f'{logs.name}/{r}.{end}').read() for r in range(len(ps))) for end in ('out', 'err'))
     if ok:
-        assert p.returncode == 0, p.stderr[-3000:]
-        return p.stdout
-    assert p.returncode != 0
-    last = [line for line in p.stderr.splitlines() if line.strip()][-1]
-    assert last.startswith('error: ') and 'Traceback' not in p.stderr, p.stderr[-3000:]
+        assert not any(p.exitcode for p in ps), err[-3000:]
+        return out
+    assert ps[0].exitcode == 1
+    last = [line for line in err.splitlines() if line.strip()][-1]
+    assert last.startswith('error: ') and 'Traceback' not in err, err[-3000:]
     return last
+
+
+def run(*args, ok=True, **more):
+    """Run a script as a user would."""
+    return finish(*start(*args, **more), ok)

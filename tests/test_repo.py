@@ -2,10 +2,8 @@
 import glob
 import os
 import re
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import ROOT, run
 
 BUDGET = {'model.py': 980, 'camera.py': 220, 'data.py': 740, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 380,
           'distill_dmd.py': 400, 'stream.py': 670}
@@ -36,7 +34,7 @@ def test_the_plumbing_of_the_stages_is_the_same_word_for_word():
 def test_every_readme_command_parses():
     commands = re.findall(r'^(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$', read('README.md'), re.M)
     assert len(commands) >= 6
-    known = {script: subprocess.run([sys.executable, f'{ROOT}/{script}', '-h'], capture_output=True, text=True, check=True).stdout
+    known = {script: run(script, '-h')
              for script in {script for script, _ in commands}}
     for script, rest in commands:
         for flag in re.findall(r'--\w+', rest):
@@ -46,7 +44,7 @@ def test_every_readme_command_parses():
 def test_the_recipes_of_minwm_parse():
     for path in glob.glob(f'{ROOT}/expected/minwm/*.txt'):
         name = os.path.basename(path).replace('_cd', '_ode').replace('.txt', '.py')
-        assert 'show this help' in subprocess.run([sys.executable, f'{ROOT}/{name}', f'@{path}', '-h'], capture_output=True, text=True, check=True).stdout
+        assert 'show this help' in run(name, f'@{path}', '-h')
 
 
 def test_pictures_and_files_of_the_readme_exist():

@@ -3,18 +3,16 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, run
+from conftest import ROOT, finish, run, start
 from model import load_tensors
 
 FLAGS = ['--frames', 5, '--batch', 4, '--log_every', 1, '--device', 'cpu']
@@ -74,17 +72,16 @@ def kill_during(script, stage, args, out):
     """Start a training and SIGKILL it at a random step, a few log lines on from where it stands."""
     log, state = out / f'{stage}.jsonl', out / f'{stage}.resume.safetensors'
     lines = lambda: len(log.read_text().splitlines()) if log.exists() else 0
-    p = subprocess.Popen([sys.executable, f'{ROOT}/{script}', *map(str, args)], stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL, cwd=out.parent, env={'OMP_NUM_THREADS': '2'} | os.environ)
+    (p,), logs = start(script, *args, cwd=out.parent)
     goal, began = lines() + random.randint(1, 3), time.time()
-    while not (lines() >= goal and state.exists()) and p.poll() is None and time.time() - began < 60:
+    while not (lines() >= goal and state.exists()) and p.is_alive() and time.time() - began < 60:
         time.sleep(.02)
-    assert p.poll() is None, 'it ended before it could be killed'
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    assert p.is_alive(), 'it ended before it could be killed'
+    p.kill()
+    p.join()
 
 
-@pytest.mark.parametrize('script, stage, dtype', [('train_ar.py', 'ar', 'bfloat16'), ('finetune_camera.py', 'camera', 'float32')])
+@pytest.mark.parametrize('script, stage, dtype', [('train_ar.py', 'ar', 'auto'), ('finetune_camera.py', 'camera', 'float32')])
 def test_killed_and_restarted_ends_in_the_same_weights(script, stage, dtype, data, chain, tmp_path):
     args = ['--data', data, '--init', f'{chain}/base.safetensors', '--steps', 12, *SMALL, '--dtype', dtype, '--save_every', 1]
     if stage == 'ar':
@@ -131,7 +128,8 @@ def test_dmd_on_two_processes_equals_one(data, chain, tmp_path):
 def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
     args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32']
     run('train_ar.py', *args, '--out', tmp_path / 'one')
-    run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train_ar.py', *map(str, args),
+                    '--out', tmp_path / 'two'], cwd=ROOT, check=True, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     run('train_ar.py', *args, '--out', tmp_path / 'accum', '--accum', 2)
     one, two, accum = (losses(tmp_path / d) for d in ('one', 'two', 'accum'))
     assert len(one) == 20 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and max(abs(a - b) for a, b in zip(one, accum)) < 1e-4
@@ -143,23 +141,22 @@ def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
 def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data, chain, tmp_path):
     """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
     that either leaves, of whole tensors, is the same, so that a run may go on with another number of processes."""
-    start = {'camera': 'base', 'ar': 'camera', 'ode': 'ar', 'cd': 'ar'}[stage]
-    args = ['--data', data, '--init', f'{chain}/{start}.safetensors', '--steps', 12, '--dtype', 'float32', '--muon', False]
+    init = {'camera': 'base', 'ar': 'camera', 'ode': 'ar', 'cd': 'ar'}[stage]
+    args = ['--data', data, '--init', f'{chain}/{init}.safetensors', '--steps', 12, '--dtype', 'float32', '--muon', False]
     args += [*FLAGS, '--teacher_steps', 8, '--pairs', 6, '--method', stage] if stage in ('ode', 'cd') else SMALL
     args += ['--out', 'out']                     # each in a folder of its own
     for name in ('one', 'two', 'all', 'alone'):
         (tmp_path / name / 'out').mkdir(parents=True)
     run(script, *args, cwd=tmp_path / 'one')
     if stage == 'ar':                            # saved on two processes: goes on on one, and on two
-        with ThreadPoolExecutor() as pool:
-            whole = pool.submit(run, script, *args, '--shard', 'fsdp', '--save_every', 4, torchrun=2, cwd=tmp_path / 'all')
-            while not (tmp_path / 'all/out/ar.resume.safetensors').exists() and not whole.done():
-                time.sleep(.02)
-            for to in ('alone', 'two'):
-                for name in ('ar.resume.safetensors', 'ar.jsonl'):
-                    shutil.copy(tmp_path / 'all/out' / name, tmp_path / to / 'out')
-                assert load_tensors(f'{tmp_path}/{to}/out/ar.resume.safetensors')[1]['step'] < 12
-            whole.result()
+        ps, logs = start(script, *args, '--shard', 'fsdp', '--save_every', 4, torchrun=2, cwd=tmp_path / 'all')
+        while not (tmp_path / 'all/out/ar.resume.safetensors').exists() and ps[0].is_alive():
+            time.sleep(.02)
+        for to in ('alone', 'two'):
+            for name in ('ar.resume.safetensors', 'ar.jsonl'):
+                shutil.copy(tmp_path / 'all/out' / name, tmp_path / to / 'out')
+            assert load_tensors(f'{tmp_path}/{to}/out/ar.resume.safetensors')[1]['step'] < 12
+        finish(ps, logs)
         assert 'go on from' in run(script, *args, cwd=tmp_path / 'alone')
     else:
         kill_during(script, stage, [*args, '--save_every', 1], tmp_path / 'two/out')
@@ -220,7 +217,7 @@ def test_score_and_bench_write_every_key(chain, tmp_path):
         assert len(s[k]) == 5, k
     assert {'drift_db_per_frame', 'fd', 'fd_features', 'n_paths', 'n_dropped', 'steps', 'world', 'plans', 'ckpt', 'seed'} <= s.keys()
     assert s['n_paths'] == 4 and s['psnr'][0] == pytest.approx(s['psnr_ceiling'][0], abs=1e-3)
-    run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--bench', tmp_path / 'b.json', '--steps', 1)
+    run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--bench', tmp_path / 'b.json', '--steps', 1, '--frames', 240)
     b = json.load(open(tmp_path / 'b.json'))
     assert {'fps', 'fps_denoiser', 'latency_ms_p50', 'latency_ms_p95', 'latency_growth', 'first_frame_s', 'peak_mb',
             'floor_ratio', 'device', 'dtype', 'height', 'width', 'steps', 'chunk'} <= b.keys()

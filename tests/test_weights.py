@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from camera import BadInput, Camera, intrinsics, keys_to_poses
-from conftest import ROOT
+from conftest import ROOT, run
 from model import DiT, ModelConfig, flops, load_model, save_model, save_wan
 from test_model import tiny_model
 
@@ -165,13 +165,12 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path):
 
 def test_what_is_this_checkpoint(model, tmp_path):
     save_wan(str(tmp_path / 'wan'), model)
-    run = lambda *a: subprocess.run([sys.executable, f'{ROOT}/model.py', *map(str, a)], capture_output=True, text=True)
-    out = run(tmp_path / 'wan', '--out', tmp_path / 'x.safetensors')
-    assert out.returncode == 0 and f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters' in out.stdout, out.stderr
+    out = run('model.py', tmp_path / 'wan', '--out', tmp_path / 'x.safetensors')
+    assert f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters' in out
     same(tmp_path / 'x.safetensors', model)
-    assert run(tmp_path / 'x.safetensors', '--out', tmp_path / 'back').returncode == 0
+    run('model.py', tmp_path / 'x.safetensors', '--out', tmp_path / 'back')
     same(tmp_path / 'back', model)
-    assert run(tmp_path / 'none.pt').returncode == 1 and 'no such file' in run(tmp_path / 'none.pt').stderr
+    assert 'no such file' in run('model.py', tmp_path / 'none.pt', ok=False)
 
 
 @pytest.mark.parametrize('camera', ['none', 'plucker', 'prope'])
