@@ -529,12 +529,15 @@ def sample_clip(model, noise, text, camera, times, first=None):
     return x
 
 
-def teacher_forced(net, cfg, batch, x_t, t):
-    """v (B, F, C, H, W) of x_t at times t (B, F), each chunk upon the batch's true history: one pass over [clean | noisy]."""
-    F = x_t.shape[1]
-    return net(torch.cat([batch.x0, x_t], 1), torch.cat([torch.zeros_like(t), t], 1), batch.text,
-               Camera.cat([batch.camera, batch.camera]), mask=teacher_forcing_mask(chunk_ids(F, cfg.chunk, cfg.first)),
-               pos=[*range(F)] * 2)[:, F:]
+def teacher_forced(net, cfg, batch, x_t, t, history=None, t_history=None):
+    """v (B, F, C, H, W) of x_t at times t (B, F), each chunk upon what came before it, by default the batch's clean frames, in
+    one pass over [history | noisy]: same positions, same cameras. The last chunk is nobody's history and stays out."""
+    F, camera, ids = x_t.shape[1], batch.camera, chunk_ids(x_t.shape[1], cfg.chunk, cfg.first)
+    h = int((ids < ids[-1]).sum())
+    history, t_history = (batch.x0, torch.zeros_like(t)) if history is None else (history, t_history)
+    past, seen = Camera(camera.c2w[:, :h], camera.K[:, :h], camera.on, camera.step[:, :h]), [*range(h), *range(F, 2 * F)]
+    return net(torch.cat([history[:, :h], x_t], 1), torch.cat([t_history[:, :h], t], 1), batch.text, Camera.cat([past, camera]),
+               mask=teacher_forcing_mask(ids)[seen][:, seen], pos=[*range(h), *range(F)])[:, h:]
 
 # -----------------------------------------------------------------------------
 # walking: the only chunk-by-chunk loop

@@ -28,7 +28,7 @@ from data import Clips, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, gate, learning_rate, load_model, load_resume,
                    make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shard, shift_time,
-                   sync_gradients, teacher_forcing_mask, update_ema, whole)
+                   sync_gradients, teacher_forced, update_ema, whole)
 
 
 @dataclass
@@ -90,8 +90,7 @@ def loss_fn(model, cfg, batch):
     history = add_noise(batch.x0, batch.eps, t_history)
     # 4) the history and the noisy video in one sequence: same positions, same cameras.
     #    The mask (model.py draws it) lets noisy chunk i see history chunks < i and itself
-    v = model(torch.cat([history, x_t], 1), torch.cat([t_history, t], 1), text,
-              Camera.cat([camera, camera]), mask=teacher_forcing_mask(ids), pos=[*range(F)] * 2)[:, F:]
+    v = teacher_forced(model, model.cfg, replace(batch, text=text, camera=camera), x_t, t, history, t_history)
     # 5) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.bell else 1)
     return error.mean(), error, t
