@@ -103,11 +103,11 @@ def test_consistency_times_are_exact_and_each_network_gets_its_own(autocast):
         distill_ode.cd_loss(student, distill_ode.Config(teacher_steps=48), data, teacher, averaged)
     u = 1 - torch.arange(49, dtype=torch.float64) / 48
     grid, (x, t), (x_next, t_next) = 3 * u / (1 + 2 * u), teacher.calls[0], averaged.calls[0]
-    t, t_next, x, x_next = t[:, F:], t_next[:, F:], x[:, F:], x_next[:, F:]
+    t, t_next, x, x_next = t[:, -F:], t_next[:, -F:], x[:, -F:], x_next[:, -F:]
     i = (t[:, :1].double() - grid).abs().argmin(1)
     assert t.dtype == t_next.dtype == torch.float32
     assert (t.double() - grid[i, None]).abs().max() < 1e-7 and (t_next.double() - grid[i + 1, None]).abs().max() < 1e-7
-    assert torch.equal(student.calls[0][1][:, F:], t) and torch.equal(student.calls[0][0][:, F:], x)
+    assert torch.equal(student.calls[0][1][:, -F:], t) and torch.equal(student.calls[0][0][:, -F:], x)
     assert torch.equal(x, add_noise(data.x0, data.eps, t)) and len(i.unique()) > 20
     dt = (t_next - t)[..., None, None, None]
     v = (x - teacher.x0(x, t[..., None, None, None])) / t[..., None, None, None]
