@@ -8,8 +8,8 @@ import distill_dmd
 import distill_ode
 from camera import Camera, intrinsics, keys_to_poses
 from data import Batch
-from model import (KVCache, add_noise, causal_mask, chunk_ids, rollout, save_model, schedule, teacher_forcing_mask,
-                   v_to_x0)
+from model import (KVCache, add_noise, causal_mask, chunk_ids, rollout, save_model, schedule, teacher_forced,
+                   teacher_forcing_mask, v_to_x0)
 from test_model import TINY, tiny_model
 
 B, F, H, W = 3, 5, 4, 4
@@ -42,6 +42,20 @@ class Gaussian:
         self.calls.append((x, t))
         t = t[..., None, None, None]
         return (x - (self.end if self.jump else self.x0)(x, t)) / t.clamp(min=1e-6)
+
+
+@pytest.mark.parametrize('chunk, frames', [(1, 5), (2, 5), (4, 5), (1, 1)])
+def test_what_is_nobodys_history_is_not_missed(chunk, frames):
+    """teacher_forced leaves the last clean chunk out: the same as [clean | noisy] in full, history noised, cameras dropped."""
+    model, data, u = tiny_model(), batch(F=frames), torch.rand(2, B, frames)
+    model.cfg.chunk, model.cfg.first = chunk, 1
+    x_t, history = (add_noise(data.x0, data.eps, t) for t in u)
+    camera = dataclasses.replace(data.camera, on=torch.tensor([True, False, True]))
+    with torch.no_grad():
+        got = teacher_forced(model, model.cfg, dataclasses.replace(data, camera=camera), x_t, u[0], history, u[1])
+        want = model(torch.cat([history, x_t], 1), torch.cat([u[1], u[0]], 1), data.text, Camera.cat([camera, camera]),
+                     teacher_forcing_mask(chunk_ids(frames, chunk, 1)), [*range(frames)] * 2)[:, frames:]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ stage 2
