@@ -943,6 +943,12 @@ def flops(cfg, frames, L, keys):
     return 2 * (layers * block + ends)
 
 
+def forced_flops(cfg, F, L):
+    """The same of `teacher_forced`: h frames of history and F noisy ones, each upon what came before it."""
+    h = F - cfg.chunk
+    return flops(cfg, h + F, L, (h * (h + cfg.chunk) + F * (F + cfg.chunk)) / 2 / (h + F))
+
+
 def main(a):
     """What a checkpoint (or a preset) is and what it takes: memory and arithmetic, computed. --out writes it in another layout."""
     with torch.device('meta'):
@@ -957,7 +963,7 @@ def main(a):
     print(f'{a.ckpt}: preset {preset}, {P / 1e6:.2f} M parameters, stage {header["stage"]}, step {header["step"]}, camera {c.camera}{stored}\n{c}')
     cache = 4 * c.num_layers * (1 + ('prope' in c.camera)) * a.window * L * c.dim
     chunk, full = flops(c, c.chunk, L, .75 * a.window), flops(c, a.frames, L, a.frames)
-    forced = flops(c, 2 * a.frames, L, (a.frames + c.chunk) / 2)
+    forced = forced_flops(c, a.frames, L)
     rows = [('bidirectional step', 3 * full), ('teacher-forced step', 3 * forced), (f'a streamed chunk in {a.steps} steps', (a.steps + 1) * chunk)]
     print(f'{a.height} x {a.width} pixels, {L} tokens a frame, clips of {a.frames} frames, a window of {a.window}, batch 1, computed:')
     for name, n in rows:

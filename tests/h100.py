@@ -12,7 +12,7 @@ import sys
 import torch
 
 from conftest import ROOT                                                     # noqa: F401 (finds the scripts)
-from model import PRESETS, DiT, flops
+from model import PRESETS, DiT, flops, forced_flops
 
 SPEED, GIB = .4 * 989e12, 2 ** 30
 H, W, F, CHUNK, BATCH = 480, 832, 20, 4, 16
@@ -23,7 +23,7 @@ def main(preset):
     with torch.device('meta'):
         P = sum(p.numel() for p in DiT(cfg).parameters())
     L, chunks = H * W // 256, F // CHUNK
-    full, forced = flops(cfg, F, L, F), flops(cfg, 2 * F, L, (F + CHUNK) / 2)      # one forward pass of a clip
+    full, forced = flops(cfg, F, L, F), forced_flops(cfg, F, L)                     # one forward pass of a clip
     step = sum(flops(cfg, CHUNK, L, CHUNK * (i + 1)) for i in range(chunks))       # one call for every chunk of a walk
     walk = 3.5 * step                                                              # 1 to 4 calls, 2.5 on average, and the clean one
     generator, critic = walk + 3 * step + 2 * full + full, walk + 4 * full         # + 3: the backward pass, forward again
@@ -31,7 +31,7 @@ def main(preset):
     keep = 8 * F * L * cfg.dim * cfg.num_layers                                    # one float32 and its gradient a token and block
     cache = 2 * 2 * 2 * cfg.num_layers * F * L * cfg.dim                           # bfloat16 k, v of both attentions
     rows = [('0, finetune_camera.py', 4 * full, 20, keep), ('1, train_ar.py', 4 * forced, 20, 2 * keep),
-            ('2, ode: 1,000 pairs', 48 * forced, 4, 4 * cache), ('2, ode', 4 * forced, 24, 2 * keep),
+            ('2, ode: 1,000 pairs', 48 * 2 * flops(cfg, F, L, (F + CHUNK) / 2), 4, 4 * cache), ('2, ode', 4 * forced, 24, 2 * keep),
             ('2, cd', 4 * forced + 3 * forced, 28, 2 * keep), ('3, distill_dmd.py, critic 5', generator + 5 * critic, 20 + 16 + 4, keep + cache)]
     print(f'{preset}: {P / 1e9:.2f} B parameters with PRoPE, {L} tokens a latent, {F} latents\n')
     print('| stage | PFLOP a clip | 1 H100: GiB | hours | 8 H100: GiB each | hours |\n|---|---|---|---|---|---|')
