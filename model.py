@@ -153,16 +153,6 @@ def embed_text(captions, text_len, text_dim):
 # -----------------------------------------------------------------------------
 # attention
 
-def dense_attention(q, k, v, mask):
-    """Attention (B, S, N, Dh) under a frame mask, by expanding it to tokens: the reference, and the slow path."""
-    m = None
-    if mask is not None:
-        m = mask.repeat_interleave(q.shape[1] // mask.shape[0], 0).repeat_interleave(k.shape[1] // mask.shape[1], 1)
-        m = m.to(q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2)
-
-
 def mask_rows(mask):
     """A frame mask as a tuple of tuples, which can be looked up; `DiT.forward` asks once, not in every layer."""
     return mask if isinstance(mask, tuple) else tuple(map(tuple, mask.tolist()))
@@ -220,7 +210,7 @@ class BlockRowAttention(torch.autograd.Function):
 
 
 def block_row_attention(q, k, v, mask):
-    """`dense_attention` by BlockRowAttention: the same result from the allowed blocks alone."""
+    """Attention (B, S, N, Dh) under a frame mask (or its `mask_rows`), by BlockRowAttention."""
     mask = mask_rows(mask)
     rows, Lq, Lk = _block_rows(mask), q.shape[1] // len(mask), k.shape[1] // len(mask[0])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -255,7 +245,7 @@ def attention(q, k, v, mask=None):
         return flash_attn_func(q, k, v)
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         return block_row_attention(q, k, v, ((True,),))                      # sdpa's backward takes 3 to 5 times as long
-    return dense_attention(q, k, v, None)
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def attention_path(device, dtype):

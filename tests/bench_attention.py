@@ -10,7 +10,8 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from model import block_row_attention, chunk_ids, dense_attention, teacher_forcing_mask
+from model import block_row_attention, chunk_ids, teacher_forcing_mask
+from test_model import dense_attention
 
 torch.manual_seed(0)
 print(f'{torch.get_num_threads()} threads; forward + backward, milliseconds, median of 15')

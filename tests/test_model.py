@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from torch._subclasses import FakeTensorMode
 
@@ -12,10 +13,17 @@ import model as model_py
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from conftest import ROOT
 from model import (PRESETS, DiT, KVCache, ModelConfig, Muon, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
-                   dense_attention, flex_frame_attention, gate, learning_rate, load_model, make_optimizers, mask_rows, rotary_table,
+                   flex_frame_attention, gate, learning_rate, load_model, make_optimizers, mask_rows, rotary_table,
                    rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
 
 TINY = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4)
+
+
+def dense_attention(q, k, v, mask):
+    """Attention (B, S, N, Dh) under a frame mask, by expanding it to tokens: the reference."""
+    m = mask.repeat_interleave(q.shape[1] // mask.shape[0], 0).repeat_interleave(k.shape[1] // mask.shape[1], 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2)
 
 
 def grid(rows):
@@ -72,7 +80,7 @@ def test_bfloat16_on_a_cpu_equals_float32_to_its_precision():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 2, 16, requires_grad=True) for n in (12, 6, 6))
     dout, low = torch.randn_like(q), [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    want, got = dense_attention(q, k, v, None), attention(*low)
+    want, got = dense_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool)), attention(*low)
     assert got.grad_fn is not None and 'BlockRow' in str(got.grad_fn.next_functions)
     for a, b in zip((got, *torch.autograd.grad(got, low, dout.bfloat16())), (want, *torch.autograd.grad(want, (q, k, v), dout))):
         torch.testing.assert_close(a.float(), b, rtol=0, atol=.04)
