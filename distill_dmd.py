@@ -33,7 +33,7 @@ from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharp
 from data import Config as DataConfig
 from model import (DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
                    pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard, shift_time, teacher_forced,
-                   update_ema, v_to_x0, whole)
+                   update_ema, v_to_x0, walk_clip, whole)
 
 
 @dataclass
@@ -187,14 +187,11 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
     if bidirectional:
         walk = decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1]))
         return numbers(walk, truth)
-    sizes = torch.bincount(chunk_ids(len(path), model.cfg.chunk, model.cfg.first)).tolist()
 
     def generate(c2w):
-        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
-        return decode(torch.cat(list(rollout(
-            model, cameras, batch.text, schedule(cfg.student_steps, model.cfg.shift),
-            noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device),
-            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True, context=cfg.context)), 1))
+        noise = noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device)
+        return decode(walk_clip(model, c2w, K, batch.text, schedule(cfg.student_steps, model.cfg.shift), noise, batch.x0[:, :1],
+                                window=cfg.frames, renoise=True, context=cfg.context))
     walk, last = generate(c2w), min(7, truth.shape[1] - 1)
     metrics = numbers(walk, truth)
     metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(c2w.roll(-1, 0)), truth).mean(0)[last].item()

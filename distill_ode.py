@@ -33,8 +33,8 @@ from camera import BadInput, Camera
 from data import Clips, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, gate, learning_rate, load_model,
-                   load_resume, make_optimizers, pick_device, rollout, save_model, save_resume, save_tensors,
-                   schedule, shard, sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, whole)
+                   load_resume, make_optimizers, pick_device, save_model, save_resume, save_tensors, schedule, shard,
+                   sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, walk_clip, whole)
 
 
 @dataclass
@@ -201,15 +201,12 @@ def evaluate(model, cfg, clips, device, strip=None):
     """PSNR to the true frames in a few steps, on the right path and on another clip's; distance to the teacher."""
     n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
-    sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
     truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode
     last, metrics = min(7, truth.shape[1] - 1), {}
 
     def generate(c2w, steps):
-        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
-        return decode(torch.cat(list(rollout(
-            model, cameras, batch.text, schedule(steps, model.cfg.shift), noise_for(range(n), batch.x0.shape[2:], device),
-            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, renoise=True)), 1))
+        return decode(walk_clip(model, c2w, batch.camera.K, batch.text, schedule(steps, model.cfg.shift),
+                                noise_for(range(n), batch.x0.shape[2:], device), batch.x0[:, :1], window=cfg.frames, renoise=True))
     for steps in (4, 2, 1):
         walk = generate(batch.camera.c2w, steps)
         right, wrong = (psnr(x, truth).mean(0).tolist() for x in (walk, generate(batch.camera.c2w.roll(-1, 0), steps)))

@@ -636,6 +636,14 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             call(*final(seen, context), place(camera, None), mask=causal_mask(chunk_ids(keep, m.chunk, m.first)))
             cache.end = keep
 
+
+def walk_clip(model, c2w, K, text, times, noise, first=None, **options):
+    """A walk along c2w (B, F, 4, 4), K (B, F, 4), by `rollout` with its options: (B, F, C, H, W). first (B, 1, C, H, W) is given
+    to models whose first chunk is one frame."""
+    sizes = torch.bincount(chunk_ids(c2w.shape[1], model.cfg.chunk, model.cfg.first)).tolist()
+    cameras = map(Camera, c2w.split(sizes, 1), K.split(sizes, 1))
+    return torch.cat(list(rollout(model, cameras, text, times, noise, first if sizes[0] == 1 else None, **options)), 1)
+
 # -----------------------------------------------------------------------------
 # training helpers: device, optimizer, learning rate, EMA
 

@@ -42,7 +42,7 @@ from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, mi
 from data import (ARENA, Clips, Lowpoly, find_codec, frechet, free, load_manifest, load_poses, lowpoly_clips, make_plan, motion, noise_for,
                   psnr, sharpness, write_strip)
 from data import Config as DataConfig
-from model import chunk_ids, load_model, pick_device, rollout, schedule
+from model import load_model, pick_device, rollout, schedule, walk_clip
 
 
 @dataclass
@@ -130,11 +130,8 @@ def sampler(cfg, header, shift):
 def walk(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
     the same rollout frame by frame."""
-    m = model.cfg
-    sizes = torch.bincount(chunk_ids(c2w.shape[1], m.chunk, m.first)).tolist()
-    cameras = (Camera(a, K[:, None].expand(-1, a.shape[1], -1)) for a in c2w.split(sizes, 1))
-    text = codec.embed(captions, m).to(c2w.device)
-    return codec.decode(torch.cat(list(rollout(model, cameras, text, noise=noise, first=first, **sampler(cfg, header, m.shift))), 1))
+    text, K = codec.embed(captions, model.cfg).to(c2w.device), K[:, None].expand(-1, c2w.shape[1], -1)
+    return codec.decode(walk_clip(model, c2w, K, text, noise=noise, first=first, **sampler(cfg, header, model.cfg.shift)))
 
 
 def draw(picture, keys, scale):

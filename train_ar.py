@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera
+from camera import BadInput
 from data import Clips, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, gate, learning_rate, load_model, load_resume,
-                   make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shard, shift_time,
-                   sync_gradients, teacher_forced, update_ema, whole)
+                   make_optimizers, pick_device, save_model, save_resume, schedule, shard, shift_time,
+                   sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
 @dataclass
@@ -104,13 +104,10 @@ def evaluate(model, cfg, clips, device, strip=None):
     n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
     metrics = {'val_loss': loss_fn(model, cfg, batch)[0].item()}
-    sizes = torch.bincount(chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)).tolist()
 
     def generate(c2w):
-        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), batch.camera.K.split(sizes, 1)))
-        return decode(torch.cat(list(rollout(
-            model, cameras, batch.text, schedule(cfg.sample_steps, model.cfg.shift), noise_for(range(n), batch.x0.shape[2:], device),
-            batch.x0[:, :1] if sizes[0] == 1 else None, window=cfg.frames, context=cfg.context)), 1))
+        return decode(walk_clip(model, c2w, batch.camera.K, batch.text, schedule(cfg.sample_steps, model.cfg.shift),
+                                noise_for(range(n), batch.x0.shape[2:], device), batch.x0[:, :1], window=cfg.frames, context=cfg.context))
     truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode
     last = min(7, truth.shape[1] - 1)
     walk, wrong = generate(batch.camera.c2w), generate(batch.camera.c2w.roll(-1, 0))
