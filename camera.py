@@ -98,10 +98,14 @@ def relative(c2w, origin=None):
     return (invert(origin.double())[:, None] @ c2w.double()).to(c2w.dtype)
 
 
-def steps(c2w, before=None):
-    """Poses (B, F, 4, 4) seen from the frame before; the first from `before` (B, 1, 4, 4), else it is the identity."""
+def steps(c2w, before=None, jump=None):
+    """Poses (B, F, 4, 4) seen from the frame before; the first from `before` (B, 1, 4, 4), else it is the identity; so is
+    frame 1's where jump (B,) says that it does not follow frame 0."""
     path = torch.cat([c2w[:, :1] if before is None else before, c2w], 1).double()
-    return (invert(path[:, :-1]) @ path[:, 1:]).to(c2w.dtype)
+    step = (invert(path[:, :-1]) @ path[:, 1:]).to(c2w.dtype)
+    if jump is not None:
+        step[jump, 1:2] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
+    return step
 
 
 def pose_error(a, b):

@@ -36,7 +36,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, minwm_poses, move, rays, relative
+from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, minwm_poses, move, rays, relative, steps
 from model import embed_text, save_tensors
 
 
@@ -669,12 +669,14 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
             raise BadInput(f'the clips have {len(z)} frames, {frames} are asked for: use fewer --frames or longer clips')
         a = int(r.integers(len(z) - frames + 1)) if train else 0
         text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
-        rows.append((z[a:a + frames].float(), c2w[a:a + frames], K.expand(frames, 4), clips.captions[i], text,
-                     torch.from_numpy(r.standard_normal((frames, *z.shape[1:]), dtype=np.float32)),
-                     torch.from_numpy(r.random(2 * frames + 4, dtype=np.float32)), *more))
-    z, c2w, K, captions, text, eps, u, *more = zip(*rows)
-    to = lambda x: torch.stack(x).to(device)
-    camera = Camera(relative(torch.stack(c2w)).to(device), to(K))
+        eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
+        window, jump = [*range(a, a + frames)], cfg.sink and train and not whole and r.random() < .5
+        window[0] = int(r.integers(len(z))) if jump else a                   # frame 0 from anywhere in the clip
+        rows.append((z[window].float(), c2w[window], K.expand(frames, 4), clips.captions[i], text, torch.from_numpy(eps),
+                     torch.from_numpy(u), torch.tensor(jump), *more))
+    z, c2w, K, captions, text, eps, u, jump, *more = zip(*rows)
+    to, c2w = lambda x: torch.stack(x).to(device), torch.stack(c2w)
+    camera = Camera(relative(c2w).to(device), to(K), step=steps(c2w, jump=torch.stack(jump)).to(device))
     return Batch(to(z), camera, to(text), to(eps), to(u), captions, tuple(to(x) for x in more))
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative
+from camera import BadInput, Camera, relative, steps
 from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
 from model import (DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
@@ -99,7 +99,9 @@ def walk(model, cfg, batch, index):
     noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, m.shift)
     path, grad = there_and_back(batch.x0.shape[1], before + n), torch.is_grad_enabled()
     c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
-    seen = replace(batch, x0=batch.x0[:, path[-n:]], eps=batch.eps[:, :n], camera=Camera(relative(c2w[:, -n:]), K[:, -n:]))
+    kept = [0] * m.sink + [*range(before + m.sink, before + n)]             # the window at the walk's end
+    step = steps(c2w[:, kept], jump=torch.full((len(c2w),), m.sink and before > 0))
+    seen = replace(batch, x0=batch.x0[:, path[kept]], eps=batch.eps[:, :n], camera=Camera(relative(c2w[:, kept]), K[:, kept], step=step))
     if cfg.rollout == 'self':
         sizes, frames = torch.bincount(chunk_ids(before + n, m.chunk, m.first)).tolist(), []
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
@@ -108,7 +110,7 @@ def walk(model, cfg, batch, index):
         for i in range(len(sizes)):
             with torch.set_grad_enabled(grad and sum(sizes[:i]) >= before):
                 frames.append(next(chunks))
-        return torch.cat(frames, 1)[:, -n:], 0 if before else given, seen
+        return torch.cat(frames, 1)[:, kept], 0 if before and not m.sink else given, seen
     x = noise(n)                                                              # all chunks at once, upon the true history
     for i in range(exit_step + 1):
         t = times[i].expand(x.shape[:2]).to(x.device)

@@ -39,6 +39,7 @@ class Config:
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/base.safetensors'
     camera: str = 'plucker'       # plucker | none: train the base model
+    sink: bool = False            # learn to keep a walk's first frame in the window (clips much longer than --frames)
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
@@ -126,12 +127,13 @@ def start_model(cfg, device, say):
     for path in (cfg.init, shipped):
         if cfg.camera != 'none' and os.path.exists(path):
             model, header = load_model(path, device, camera=cfg.camera)
+            model.cfg.sink |= cfg.sink
             say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
             return model
     if cfg.preset not in PRESETS:
         raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
     say('start from scratch' + f': there is no {cfg.init}' * (cfg.camera != 'none'))
-    return DiT(replace(PRESETS[cfg.preset], camera=cfg.camera)).to(device)
+    return DiT(replace(PRESETS[cfg.preset], camera=cfg.camera, sink=cfg.sink)).to(device)
 
 # -----------------------------------------------------------------------------
 # same in every stage: setup

@@ -65,6 +65,7 @@ class ModelConfig:
     chunk: int = 1                # frames denoised together
     first: int = 1                # frames in the first chunk: 1, or `chunk` as in minWM
     shift: float = 4.0            # time schedule: more noise for more tokens a frame
+    sink: bool = False            # a walk's first frame stays in the window (StreamingLLM, LongLive)
 
 
 PRESETS = {                       # parameters: 3.4 M, 3.7 M, 1.42 B, 14.3 B without the camera
@@ -546,6 +547,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     guidance   s in v = v_null + s (v_cond - v_null); the null branch has the empty prompt and shares the batch
     window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
                origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale.
+               With cfg.sink the walk's first frame stays instead of the oldest of these, and is the origin.
                Without Plücker maps, whose poses know an origin, the oldest chunks are dropped instead
 
     context    noise level at which generated frames enter the cache, as stage 1 trains for: it hides their faults
@@ -564,7 +566,8 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
 
     def place(camera, before):                              # as the network sees it, from here and now
-        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before))
+        jump = torch.full((B,), m.sink and before is None)
+        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before, jump))
         return Camera.cat([camera, camera], 0) if guidance != 1 else camera
 
     def times_of(x, t):
@@ -628,8 +631,9 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             while cache.end + n + m.chunk > window:
                 cache.roll(history.pop(0)[0].shape[1])
         else:                                               # no room for another chunk: the newest half, from a new origin
-            seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
-            camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
+            seen, camera = torch.cat([y for y, _ in history], 1), Camera.cat([c for _, c in history])
+            kept = [0] * m.sink + [*range(m.sink - keep, 0)]
+            seen, camera = seen[:, kept], Camera(camera.c2w[:, kept], camera.K[:, kept], camera.on)
             if torch.is_grad_enabled():                     # checkpointed blocks may still read the old one
                 cache.k, cache.v = cache.k.clone(), cache.v.clone()
             history, cache.end, origin = [(seen, camera)], 0, camera.c2w[:, 0]
@@ -817,7 +821,7 @@ def open_weights(path):
 
 def find_config(path, tensors, header):
     """The ModelConfig of opened weights: from our header, else from shapes; heads from config.json, else 128 wide as Wan's."""
-    if set(header.get('model', {})) == {f.name for f in fields(ModelConfig)}:
+    if 'dim' in header.get('model', {}) and set(header['model']) <= {f.name for f in fields(ModelConfig)}:
         return ModelConfig(**header['model'])
     try:
         shape, config = {k: tensors[k]().shape for k in ('patch_embedding.weight', 'blocks.0.ffn.0.weight', 'time_embedding.0.weight',

@@ -19,15 +19,16 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput
+from camera import BadInput, Camera, relative, steps
 from data import Clips, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, gate, learning_rate, load_model, load_resume,
-                   make_optimizers, pick_device, save_model, save_resume, schedule, shard, shift_time,
+                   make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shard, shift_time,
                    sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
@@ -37,6 +38,7 @@ class Config:
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/camera.safetensors'
     chunk: int = 0                # frames denoised together, after a first one alone; 0: as the model is
+    sink: bool = False            # learn to keep a walk's first frame in the window (clips much longer than --frames)
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
@@ -56,6 +58,7 @@ class Config:
     # objective
     context_noise: float = 0.3    # the history is noised up to this time (0: clean, as in the paper)
     context: float = 0.1          # noise level of a walk's own history
+    drift: float = 0.0            # share of the steps whose history the model has dreamt itself
     bell: bool = False            # weigh the loss over t as minWM does
     drop_text: float = 0.1
     drop_camera: float = 0.1
@@ -74,8 +77,9 @@ class Config:
 # -----------------------------------------------------------------------------
 # the lesson: teacher forcing over [history | noisy] (Causal Forcing, section 3.1; one time per chunk)
 
-def loss_fn(model, cfg, batch):
-    """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F))."""
+def loss_fn(model, cfg, batch, dreamt=None):
+    """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F)). dreamt: frames to take for
+    the history instead of the clip's."""
     B, F = batch.x0.shape[:2]
     u_text, u_camera = batch.u[:, F + 1:F + 3].unbind(1)
     # 1) one noise level per chunk, all independent: every chunk meets every level, whatever came before
@@ -87,13 +91,55 @@ def loss_fn(model, cfg, batch):
     camera = replace(batch.camera, on=u_camera >= cfg.drop_camera)
     # 3) the history is a little noisy, and says so by its time: a walk's own frames are not perfect either
     t_history = cfg.context_noise * batch.u[:, F + 4:][:, ids]
-    history = add_noise(batch.x0, batch.eps, t_history)
+    history = add_noise(batch.x0 if dreamt is None else dreamt, batch.eps, t_history)
     # 4) the history and the noisy video in one sequence: same positions, same cameras.
     #    The mask (model.py draws it) lets noisy chunk i see history chunks < i and itself
     v = teacher_forced(model, model.cfg, replace(batch, text=text, camera=camera), x_t, t, history, t_history)
     # 5) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.bell else 1)
     return error.mean(), error, t
+
+# -----------------------------------------------------------------------------
+# the lesson, 2: upon its own walks (scheduled sampling: Bengio et al. 2015), so that it learns to come back
+
+class Drift:
+    """loss_fn; in a share cfg.drift of the steps the history is what the model has walked on its own, and the target is still
+    the clip. 16 batches of walks take turns, each half a window further; a walk ends with its clip, or by chance. A resumed
+    run begins them anew."""
+
+    def __init__(self, cfg, clips):
+        self.walks, self.rng = {}, np.random.default_rng([11, cfg.seed])
+        if cfg.drift:                                         # whole clips go along in batch.more
+            clips.keys = *clips.keys[:3], 'latents', 'c2w', *clips.keys[3:]
+
+    def __call__(self, net, cfg, batch):
+        if self.rng.random() >= cfg.drift:
+            return loss_fn(net, cfg, batch)
+        model, m, n, turn = getattr(net, 'module', net), net.cfg, cfg.frames, int(self.rng.integers(16))
+        # 1) the walks of this turn; those at their end begin again, with true frames
+        half = m.first + ((n + 1) // 2 - m.first) // m.chunk * m.chunk
+        clip, c2w = batch.more
+        new = clip.float(), c2w, batch.camera.K, batch.text, clip[:, :half].float(), torch.zeros(len(clip), dtype=torch.long, device=clip.device)
+        old = self.walks.get(turn, new)
+        over = (old[-1] + n > clip.shape[1]) | (batch.u[:, n] < .05)
+        clip, c2w, K, text, seen, age = (torch.where(over.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, old))
+        # 2) their window: frame 0 if there is a sink, the half that is dreamt, and as many frames on
+        frames, row, jump = age[:, None] + torch.arange(n, device=age.device), torch.arange(len(age))[:, None], (age > 0) & m.sink
+        frames[jump, 0] = 0
+        path = c2w[row, frames]
+        camera = Camera(relative(path), K, step=steps(path, jump=jump))
+        # 3) walk on
+        noise = noise_for([int(x * 2 ** 24) for x in batch.u[:, n + 3].tolist()], clip.shape[2:], clip.device)
+        sizes = [half] + [m.chunk] * ((n - half) // m.chunk)
+        cameras = map(Camera, path.split(sizes, 1), K.split(sizes, 1))
+        if hasattr(model, 'unshard'):                         # rollout embeds cameras outside of a forward pass
+            model.unshard()
+        with torch.no_grad():
+            dreamt = torch.cat(list(rollout(model, cameras, text, schedule(4, m.shift), noise, seen, window=n, context=cfg.context)), 1)
+        kept = [0] * m.sink + [*range(m.sink - half, 0)]
+        self.walks[turn] = clip, c2w, K, text, dreamt[:, kept], age + n - half
+        # 4) from there, the clip is still the target
+        return loss_fn(net, cfg, replace(batch, x0=clip[row, frames], camera=camera, text=text), dreamt)
 
 # -----------------------------------------------------------------------------
 # evaluate: walk held-out paths from their first frame, each chunk upon what was generated before
@@ -135,6 +181,9 @@ def start_model(cfg, device, say):
     if cfg.chunk:
         model.cfg.chunk, model.cfg.first = cfg.chunk, 1
     chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)                  # raises if it does not divide
+    model.cfg.sink |= cfg.sink
+    if model.cfg.sink and (model.cfg.first > 1 or 'plucker' not in model.cfg.camera):
+        raise BadInput('--sink keeps one frame, whose pose is the origin: it needs a first chunk of one frame and Plücker maps')
     return model
 
 # -----------------------------------------------------------------------------
@@ -158,6 +207,7 @@ def main(cfg, stage):
     clips, held_out = Clips(cfg.data), Clips(cfg.data, 'val')
     torch.manual_seed(cfg.seed)
     model = start_model(cfg, device, say)
+    loss_fn = Drift(cfg, clips)
 
     # -------------------------------------------------------------------------
     # same in every stage: optimizer, resume, loop

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from camera import BadInput, Camera, intrinsics, keys_to_poses, relative
+from camera import BadInput, Camera, intrinsics, keys_to_poses, relative, steps
 from model import chunk_ids, rollout, schedule, teacher_forcing_mask
 from test_model import tiny_model
 
@@ -59,10 +59,11 @@ def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, 
         torch.testing.assert_close(v[:, rows], want[:, rows], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('sink', [False, True])
 @pytest.mark.parametrize('chunk, window, frames', [(1, 6, 16), (4, 9, 21), (2, 7, 17)])
-def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
-    """Each denoising call equals a teacher-forced forward of the window it saw, its first frame the origin."""
-    model, calls = tiny_model(chunk=chunk), []
+def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames, sink):
+    """Each denoising call equals a teacher-forced forward of the window it saw, its first frame the origin: with a sink the walk's."""
+    model, calls = tiny_model(chunk=chunk, sink=sink), []
     x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
     assert torch.isfinite(x0).all()
     encoded = [i for i, c in enumerate(calls) if c[1].max() == 0 and c[2] == 0 and i > 0]
@@ -73,8 +74,9 @@ def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
             done += chunk if i in encoded else x.shape[1]
             continue
         lo = done - end                                       # the window's first frame, in the whole walk
-        seen, n = slice(lo, done + x.shape[1]), x.shape[1]
-        c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen])
+        seen, n, jump = [*range(lo, done + x.shape[1])], x.shape[1], torch.full((2,), sink and lo > 0)
+        seen[0] *= not sink
+        c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen], step=steps(camera.c2w[:, seen], jump=jump))
         clean, times = x0[:, seen], torch.cat([torch.zeros(2, end), t], 1)
         ids = torch.cat([torch.arange(1), 1 + torch.arange(end - 1) // chunk, torch.full((n,), 10 ** 6)])
         F = end + n

@@ -117,3 +117,5 @@ def test_steps_compose_to_the_path():
         assert torch.allclose(at, path[:, i], atol=1e-6)
     assert torch.allclose(steps(path[:, 3:], path[:, 2:3]), moves[:, 3:], atol=1e-6)      # a slice, told what was before
     assert torch.equal(Camera(path, torch.zeros(1, 8, 4)).step, moves)
+    jumps = steps(path.expand(2, -1, -1, -1), jump=torch.tensor([False, True]))               # frame 1 does not follow frame 0
+    assert torch.equal(jumps[0], moves[0]) and torch.equal(jumps[1, 1], torch.eye(4)) and torch.equal(jumps[1, 2:], moves[0, 2:])

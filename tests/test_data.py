@@ -1,4 +1,5 @@
 """Worlds, codec, captions and batches against what can be worked out by hand."""
+import dataclasses
 import json
 import os
 import zlib
@@ -110,6 +111,18 @@ def test_batches_are_slices_of_one_stream(data):
     assert not torch.equal(whole.eps, other.eps)
     with pytest.raises(BadInput, match='frames'):
         get_batch(clips, 0, 1, 99, CFG)
+
+
+def test_with_a_sink_frame_0_of_half_the_samples_is_from_elsewhere_in_the_clip(data):
+    clips = Clips(data)
+    plain, sink = (get_batch(clips, 0, 32, 3, dataclasses.replace(CFG, sink=on), seed=1) for on in (False, True))
+    assert torch.equal(plain.x0[:, 1:], sink.x0[:, 1:]) and torch.equal(plain.eps, sink.eps) and torch.equal(plain.u, sink.u)
+    jumped = (sink.camera.step[:, 1] == torch.eye(4)).all((1, 2)) & (plain.camera.step[:, 1] != torch.eye(4)).any(2).any(1)
+    assert 6 < jumped.sum() < 26 and torch.equal(plain.x0[~jumped], sink.x0[~jumped])
+    for b in range(32):                                        # the frame and its pose belong together
+        move = lambda batch: batch.camera.c2w[b, 1].inverse() @ batch.camera.c2w[b, 2]
+        torch.testing.assert_close(move(sink), move(plain), rtol=0, atol=1e-5)
+    assert torch.equal(get_batch(Clips(data, 'val'), 0, 4, 3, dataclasses.replace(CFG, sink=True)).x0, get_batch(Clips(data, 'val'), 0, 4, 3, CFG).x0)
 
 
 def test_clips_depend_on_seed_split_and_index_alone_and_held_out_plans_are_new():

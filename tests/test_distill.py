@@ -6,7 +6,8 @@ import torch
 
 import distill_dmd
 import distill_ode
-from camera import Camera, intrinsics, keys_to_poses
+import train_ar
+from camera import Camera, intrinsics, keys_to_poses, relative
 from data import Batch
 from model import (KVCache, add_noise, causal_mask, chunk_ids, rollout, save_model, schedule, teacher_forced,
                    teacher_forcing_mask, v_to_x0)
@@ -326,3 +327,30 @@ def test_bidirectional_pairs_collapse_and_causal_pairs_do_not():
     assert floor > .4 and ratio < .6
     for floor, ratio in causal:
         assert floor < .01 and ratio > .99
+
+
+# ------------------------------------------------------------------------------------------------ stage 1 upon its own walks
+
+@pytest.mark.parametrize('sink', [False, True])
+def test_a_walk_of_stage_1_goes_on_where_it_was_and_the_clip_stays_the_target(sink, monkeypatch):
+    model, data, clip, calls = tiny_model(sink=sink), batch(), batch(F=14), []
+    data.u[:, F] = 1                                           # none ends by chance
+    data.more = clip.x0, clip.camera.c2w
+    monkeypatch.setattr(train_ar, 'loss_fn', lambda net, cfg, batch, dreamt: calls.append((batch, dreamt)))
+    cfg = train_ar.Config(frames=F, drift=1.0)
+    drift = train_ar.Drift(cfg, dataclasses.make_dataclass('Clips', ['keys'])(('latents', 'c2w', 'K')))
+    drift.rng = dataclasses.make_dataclass('Always', [])()
+    drift.rng.random, drift.rng.integers = lambda: .5, lambda n: 0
+    for turn in range(7):                                      # each 2 frames on: 0, 2, 4, 6, 8, and again
+        drift(model, cfg, data)
+        age = 2 * turn if turn < 5 else 2 * turn - 10
+        frames = [0 if sink else age, *range(age + 1, age + F)]
+        now, dreamt = calls[-1]
+        assert torch.equal(now.x0, clip.x0[:, frames]) and not dreamt.requires_grad
+        torch.testing.assert_close(now.camera.c2w, relative(clip.camera.c2w[:, frames]), rtol=0, atol=1e-6)
+        assert (now.camera.step[0, 1] == torch.eye(4)).all() == (sink and age > 0)
+        if age == 0:
+            assert torch.equal(dreamt[:, :3], clip.x0[:, :3])
+        else:
+            assert torch.equal(dreamt[:, 1:3], calls[-2][1][:, -2:]) and torch.equal(dreamt[:, 0], calls[-2][1][:, 0 if sink else -3])
+        assert (dreamt[:, 3:] - now.x0[:, 3:]).abs().max() > .1
