@@ -10,7 +10,7 @@ Out: out/ar.safetensors, which walks: python stream.py --ckpt out/ar.safetensors
 
 Different from minWM: 1) the mask is by frames and read row by row on a CPU, by flex_attention on a GPU; 2) the first
 chunk is one frame, so the model starts from a picture; 3) text and camera are dropped at random; 4) no weight over t;
-5) the history is slightly noised; 6) Muon and an EMA; 7) gradient accumulation is real.
+5) the history is slightly noised, and with --drift the model's own; 6) Muon and an EMA; 7) gradient accumulation is real.
 """
 import argparse
 import json
