@@ -68,7 +68,8 @@ class ModelConfig:
     sink: bool = False            # a walk's first frame stays in the window (StreamingLLM, LongLive)
 
 
-PRESETS = {                       # parameters: 3.4 M, 3.7 M, 1.42 B, 14.3 B without the camera
+PRESETS = {                       # parameters: 0.1 M (for tests), 3.4 M, 3.7 M, 1.42 B, 14.3 B without the camera
+    'tiny': ModelConfig(dim=48, ffn_dim=96, num_heads=1, num_layers=2),
     'nano': ModelConfig(),
     'small': ModelConfig(dim=192, ffn_dim=640, num_heads=3, num_layers=6),
     'wan-1.3b': ModelConfig(1536, 8960, 12, 30, text_dim=4096, text_len=512, chunk=4, shift=5.0),

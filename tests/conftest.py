@@ -13,7 +13,8 @@ sys.path.insert(0, ROOT)
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')])
 forks = multiprocessing.get_context('forkserver')             # a process that has imported torch once, for all scripts
-forks.set_forkserver_preload(['stream', 'torch._dynamo', 'torch.distributed.fsdp'])
+forks.set_forkserver_preload(['stream', 'torch._dynamo', 'torch.distributed.fsdp', 'diffusers.models.autoencoders.autoencoder_kl_wan',
+                               'transformers.models.umt5.modeling_umt5', 'transformers.models.auto.tokenization_auto'])
 
 
 @pytest.fixture(scope='session')

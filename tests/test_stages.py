@@ -24,7 +24,7 @@ def chain(data, tmp_path_factory):
     """base -> camera -> ar -> ode, cd -> dmd, four steps each; the folder with their files."""
     out = str(tmp_path_factory.mktemp('out'))
     args = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *SMALL]
-    run('finetune_camera.py', '--camera', 'none', *args)
+    run('finetune_camera.py', '--camera', 'none', '--preset', 'tiny', *args)
     text = run('finetune_camera.py', '--init', f'{out}/base.safetensors', *args)
     assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
     text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
@@ -83,7 +83,7 @@ def kill_during(script, stage, args, out):
 
 @pytest.mark.parametrize('script, stage, dtype', [('train_ar.py', 'ar', 'auto'), ('finetune_camera.py', 'camera', 'float32')])
 def test_killed_and_restarted_ends_in_the_same_weights(script, stage, dtype, data, chain, tmp_path):
-    args = ['--data', data, '--init', f'{chain}/base.safetensors', '--steps', 12, *SMALL, '--dtype', dtype, '--save_every', 1]
+    args = ['--data', data, '--init', f'{chain}/base.safetensors', '--steps', 60, *SMALL, '--dtype', dtype, '--save_every', 1]
     if stage == 'ar':
         args[3] = f'{chain}/camera.safetensors'
     run(script, *args, '--out', tmp_path / 'whole')
@@ -105,7 +105,7 @@ def test_distillation_killed_and_restarted_ends_in_the_same_weights(method, data
     else:
         script, args = 'distill_ode.py', ['--method', method, '--data', data, '--init', f'{chain}/ar.safetensors', '--teacher_steps', 8,
                                           '--pairs', 6, '--frames', 5, '--batch', 4, '--log_every', 1, '--device', 'cpu']
-    args += ['--steps', 6, '--save_every', 1]
+    args += ['--steps', 12 if method == 'dmd' else 60, '--save_every', 1]
     run(script, *args, '--out', tmp_path / 'whole')
     kill_during(script, method, [*args, '--out', tmp_path / 'killed'], tmp_path / 'killed')
     assert 'go on from' in run(script, *args, '--out', tmp_path / 'killed')
@@ -142,7 +142,7 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
     """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
     that either leaves, of whole tensors, is the same, so that a run may go on with another number of processes."""
     init = {'camera': 'base', 'ar': 'camera', 'ode': 'ar', 'cd': 'ar'}[stage]
-    args = ['--data', data, '--init', f'{chain}/{init}.safetensors', '--steps', 12, '--dtype', 'float32', '--muon', False]
+    args = ['--data', data, '--init', f'{chain}/{init}.safetensors', '--steps', 40, '--dtype', 'float32', '--muon', False]
     args += [*FLAGS, '--teacher_steps', 8, '--pairs', 6, '--method', stage] if stage in ('ode', 'cd') else SMALL
     args += ['--out', 'out']                     # each in a folder of its own
     for name in ('one', 'two', 'all', 'alone'):
@@ -155,7 +155,7 @@ def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data,
         for to in ('alone', 'two'):
             for name in ('ar.resume.safetensors', 'ar.jsonl'):
                 shutil.copy(tmp_path / 'all/out' / name, tmp_path / to / 'out')
-            assert load_tensors(f'{tmp_path}/{to}/out/ar.resume.safetensors')[1]['step'] < 12
+            assert load_tensors(f'{tmp_path}/{to}/out/ar.resume.safetensors')[1]['step'] < 40
         finish(ps, logs)
         assert 'go on from' in run(script, *args, cwd=tmp_path / 'alone')
     else:
@@ -253,7 +253,7 @@ def test_distillation_says_what_is_wrong(script, args, words, data, chain, tmp_p
 
 @pytest.mark.parametrize('args, words', [
     (['--chunk', 3], '5 frames do not divide'), (['--batch', 3, '--accum', 2], 'does not divide by 1 processes x --accum 2'),
-    (['--preset', 'huge', '--init', 'none'], 'choose one of nano'), (['--frames', 99], 'frames'),
+    (['--preset', 'huge', '--init', 'none'], 'choose one of tiny, nano'), (['--frames', 99], 'frames'),
     (['--out', '/proc/nowhere'], '/proc/nowhere')])
 def test_training_says_what_is_wrong(args, words, data, chain, tmp_path):
     assert words in run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 1,
