@@ -658,7 +658,7 @@ class Batch:
 def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=False):
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same. whole: all
-    frames of the clips, if they have more."""
+    frames of the clips, if they have more. cfg.sink: half of the training windows begin with another frame of the clip."""
     rows, train = [], clips.split == 'train'
     for j in range(first, first + count):
         r = np.random.default_rng([seed, 10 + train, j])

@@ -567,7 +567,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
 
     def place(camera, before):                              # as the network sees it, from here and now
-        jump = torch.full((B,), m.sink and before is None)
+        jump = torch.ones(B, dtype=torch.bool) if m.sink and before is None else None
         camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before, jump))
         return Camera.cat([camera, camera], 0) if guidance != 1 else camera
 

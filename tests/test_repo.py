@@ -34,8 +34,7 @@ def test_the_plumbing_of_the_stages_is_the_same_word_for_word():
 def test_every_readme_command_parses():
     commands = re.findall(r'^(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$', read('README.md'), re.M)
     assert len(commands) >= 6
-    known = {script: run(script, '-h')
-             for script in {script for script, _ in commands}}
+    known = {script: run(script, '-h') for script in {script for script, _ in commands}}
     for script, rest in commands:
         for flag in re.findall(r'--\w+', rest):
             assert f'{flag} ' in known[script], f'{script} {flag}'
