@@ -9,9 +9,11 @@ Needs out/base.safetensors and data/lowpoly-500 (bash run.sh); leaves out/ablate
 The measure of control is gap@7: by how many dB frame 7 is nearer to the truth on its own path than on another clip's. `camera`
 is a curve: there the frames' poses are found, too, by looking, every 200 steps.
 """
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -128,6 +130,7 @@ def one(out, seed, gamma=data.GAMMA, shift=None, poses=None, poses_of=None, **ch
 
 
 def main(names, train):
+    panels = {}
     for name in names:
         what, values = EXPERIMENTS[name]
         rows = {}
@@ -150,7 +153,10 @@ def main(names, train):
         if name == 'camera':
             curves(what, rows)
         else:
-            table(name, what, rows)
+            table(what, rows)
+            panels[what] = rows
+    if pyplot and panels:
+        draw(panels)
 
 
 def spread(runs, key):
@@ -163,19 +169,31 @@ def cells(runs, keys):
     return ['{:.2f} ± {:.2f}'.format(*spread(runs, k)) for k in keys]
 
 
-def table(name, what, rows):
-    """Mean and standard deviation over the seeds, printed; with matplotlib, the control drawn against what is varied."""
+def table(what, rows):
+    """Mean and standard deviation over the seeds."""
     keys = 'val_loss', 'psnr@1', 'psnr@7', 'gap@7'
     print(f'\n| {what} | seeds | ' + ' | '.join(keys) + ' |\n' + '|---' * (len(keys) + 2) + '|')
     for value, runs in rows.items():
         print(f'| {value} | {len(runs)} | ' + ' | '.join(cells(runs, keys)) + ' |')
-    if pyplot:
-        pyplot.figure(figsize=(5, 3))
-        pyplot.errorbar(range(len(rows)), *zip(*(spread(runs, 'gap@7') for runs in rows.values())), marker='o', capsize=3)
-        pyplot.xticks(range(len(rows)), [str(v).replace(', ', '\n') for v in rows], fontsize=7)
-        pyplot.xlabel(what)
-        pyplot.ylabel('gap@7, dB')
-        save(name)
+
+
+def draw(panels):
+    """The control against each thing that is varied, all to one scale."""
+    across = min(4, len(panels))
+    down = math.ceil(len(panels) / across)
+    _, axes = pyplot.subplots(down, across, figsize=(2.7 * across, 2.2 * down), sharey=True, squeeze=False)
+    for axis, (what, rows) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, None)):
+        if not rows:
+            axis.axis('off')
+            continue
+        mean, deviation = zip(*(spread(runs, 'gap@7') for runs in rows.values()))
+        axis.bar(range(len(rows)), mean, .6, yerr=deviation, capsize=3)
+        axis.set_xticks(range(len(rows)), [re.sub(', | x ', '\n', str(v)) for v in rows])
+        axis.tick_params(labelsize=6)
+        axis.set_title(what, fontsize=9)
+    for row in axes:
+        row[0].set_ylabel('gap@7, dB', fontsize=8)
+    save('control')
 
 
 def curves(what, rows):
