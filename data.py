@@ -579,11 +579,9 @@ def make(cfg):
 
 def _make_shard(job):
     cfg, folder, split, name, first, indices = job
-    if cfg.wan:
-        codec = find_codec(cfg.wan, 'cuda' if torch.cuda.is_available() else 'cpu')
-    else:
+    if not cfg.wan:
         torch.set_num_threads(1)
-        codec = find_codec()
+    codec = find_codec(cfg.wan, 'cuda' if torch.cuda.is_available() else 'cpu')
     tensors, captions = WORLDS[cfg.world](cfg, split, indices)
     tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
     z = tensors['latents'] = codec.encode(tensors['frames']).half().cpu()
@@ -659,6 +657,8 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same. whole: all
     frames of the clips, if they have more. cfg.sink: half of the training windows begin with another frame of the clip."""
+    if cfg.sink and (cfg.first > 1 or 'plucker' not in cfg.camera):
+        raise BadInput('--sink keeps one frame, whose pose is the origin: it needs a first chunk of one frame and Plücker maps')
     rows, train = [], clips.split == 'train'
     for j in range(first, first + count):
         r = np.random.default_rng([seed, 10 + train, j])

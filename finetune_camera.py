@@ -175,7 +175,7 @@ def main(cfg, stage):
     if rank == 0:
         lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
         log = open(f'{path}.jsonl', 'w', buffering=1)                        # a line at a time
-        log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
+        log.writelines(line + '\n' for line in lines if (x := json.loads(line))['step'] <= start and ('lr' in x or x['step'] < cfg.steps))
     def score(step):
         """The EMA's weights, and how well they do: a line in the log."""
         state, metrics = {k: whole(v) for k, v in ema.items()}, {}

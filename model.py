@@ -550,9 +550,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale.
                With cfg.sink the walk's first frame stays instead of the oldest of these, and is the origin.
                Without Plücker maps, whose poses know an origin, the oldest chunks are dropped instead
-
     context    noise level at which generated frames enter the cache, as stage 1 trains for: it hides their faults
-
     renoise    False: Euler steps along the probability-flow ODE. True, for few-step models: predict x0, add fresh noise
                of the next time (the sampler of consistency models; an Euler step would keep the old noise)
     exit_step  training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk. If gradient

@@ -73,7 +73,7 @@ class Config:
     frames: int = 0               # frames of a scored path (0: as trained), or of the timing (0: 2,100)
     paths: int = 64               # scored paths
     bench: str = ''               # file for the timings
-    data: str = ''                # folder with the held-out clips (lowpoly's are rendered anew); empty: data/doom
+    data: str = ''                # folder with the held-out clips (lowpoly's are rendered anew, doom's are data/doom)
     device: str = 'auto'
     dtype: str = 'float32'        # float32 | bfloat16
 
@@ -96,7 +96,9 @@ def held_out(cfg, header, indices):
     if recipe['world'] == 'lowpoly' and 'wan' not in recipe:                  # the same paths, however long they go on
         frames = max(recipe['frames'], cfg.frames if cfg.score else 0)
         return lowpoly_clips(DataConfig(**recipe | {'frames': frames}), 1, indices)
-    clips = Clips(cfg.data or 'data/doom', 'val')
+    if not cfg.data and recipe['world'] != 'doom':
+        raise BadInput(f'{cfg.ckpt} was trained on clips of yours: name their folder, --data')
+    clips = Clips(cfg.data or ('data/doom' if os.path.exists('data/doom') else 'assets/doom'), 'val')
     keys = ('frames', 'c2w', 'K')
     rows = [clips.read(i % len(clips), keys) for i in indices]
     return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i % len(clips)] for i in indices]

@@ -182,8 +182,6 @@ def start_model(cfg, device, say):
         model.cfg.chunk, model.cfg.first = cfg.chunk, 1
     chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first)                  # raises if it does not divide
     model.cfg.sink |= cfg.sink
-    if model.cfg.sink and (model.cfg.first > 1 or 'plucker' not in model.cfg.camera):
-        raise BadInput('--sink keeps one frame, whose pose is the origin: it needs a first chunk of one frame and Plücker maps')
     return model
 
 # -----------------------------------------------------------------------------
@@ -227,7 +225,7 @@ def main(cfg, stage):
     if rank == 0:
         lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
         log = open(f'{path}.jsonl', 'w', buffering=1)                        # a line at a time
-        log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
+        log.writelines(line + '\n' for line in lines if (x := json.loads(line))['step'] <= start and ('lr' in x or x['step'] < cfg.steps))
     def score(step):
         """The EMA's weights, and how well they do: a line in the log."""
         state, metrics = {k: whole(v) for k, v in ema.items()}, {}

@@ -123,6 +123,8 @@ def test_with_a_sink_frame_0_of_half_the_samples_is_from_elsewhere_in_the_clip(d
         move = lambda batch: batch.camera.c2w[b, 1].inverse() @ batch.camera.c2w[b, 2]
         torch.testing.assert_close(move(sink), move(plain), rtol=0, atol=1e-5)
     assert torch.equal(get_batch(Clips(data, 'val'), 0, 4, 3, dataclasses.replace(CFG, sink=True)).x0, get_batch(Clips(data, 'val'), 0, 4, 3, CFG).x0)
+    with pytest.raises(BadInput, match='Plücker'):
+        get_batch(clips, 0, 1, 3, dataclasses.replace(CFG, sink=True, camera='prope'))
 
 
 def test_clips_depend_on_seed_split_and_index_alone_and_held_out_plans_are_new():
