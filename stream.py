@@ -91,7 +91,7 @@ def load(path, device, data=''):
 
 
 def held_out(cfg, header, indices):
-    """Held-out clips as data.py makes them: (dict of tensors with leading dim n, captions)."""
+    """Held-out clips as data.py makes them, as many of them as there are: (dict of tensors with leading dim n, captions)."""
     recipe = header['data']['recipe']
     if recipe['world'] == 'lowpoly' and 'wan' not in recipe:                  # the same paths, however long they go on
         frames = max(recipe['frames'], cfg.frames if cfg.score else 0)
@@ -100,8 +100,9 @@ def held_out(cfg, header, indices):
         raise BadInput(f'{cfg.ckpt} was trained on clips of yours: name their folder, --data')
     clips = Clips(cfg.data or ('data/doom' if os.path.exists('data/doom') else 'assets/doom'), 'val')
     keys = ('frames', 'c2w', 'K')
-    rows = [clips.read(i % len(clips), keys) for i in indices]
-    return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i % len(clips)] for i in indices]
+    indices = sorted({i % len(clips) for i in indices})
+    rows = [clips.read(i, keys) for i in indices]
+    return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i] for i in indices]
 
 
 def load_picture(path, height, width):
@@ -287,9 +288,8 @@ def seen_mask(depth, c2w, K):
 def score(model, cfg, header, codec, device, find_poses=True):
     """Walk held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
     recipe = header['data']['recipe']
-    n = min(cfg.paths, recipe['val_clips'])
-    world, captions = held_out(cfg, header, range(n))
-    length = min(cfg.frames or header['frames'], world['c2w'].shape[1])
+    world, captions = held_out(cfg, header, range(min(cfg.paths, recipe['val_clips'])))
+    n, length = len(captions), min(cfg.frames or header['frames'], world['c2w'].shape[1])
     truth, c2w, K = world['frames'][:, :1 + (length - 1) * codec.stride].float() / 255, world['c2w'][:, :length], world['K']
     z = codec.encode(truth)
     ceiling, first = codec.decode(z).cpu(), None if cfg.first == 'prompt' else z[:, :1].to(device)
@@ -413,7 +413,7 @@ class Live:
     def dream(self):
         """Walk after walk. Each lasts until the page wishes for something else, and goes on from the picture that is
         there unless it wishes for another start."""
-        asked, model, z = {}, None, None
+        asked, model, z, kind = {}, None, None, None
         while True:
             with self.change:
                 wish, self.wish = self.wish, {}
@@ -429,7 +429,8 @@ class Live:
                 H, W, lowpoly = recipe['height'], recipe['width'], recipe['world'] == 'lowpoly' and codec.stride == 1
                 self.stride = codec.stride
             asked |= wish
-            if z is None or 'start' in wish:
+            old, kind = kind, (recipe['world'], H, W, codec.stride)
+            if z is None or 'start' in wish or kind != old:           # no picture of one world goes on in another kind of world
                 world, captions = held_out(self.cfg, header, [asked['clip']])
                 picture = world['frames'][:, 0] if asked['start'] in ('world', 'prompt') else load_picture(asked['start'], H, W)
                 z = None if asked['start'] == 'prompt' or m.first > 1 else codec.encode(picture[:, None]).to(self.device)

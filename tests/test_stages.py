@@ -137,6 +137,14 @@ def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
+def test_two_processes_equal_one_upon_the_model_s_own_walks(data, chain, tmp_path):
+    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 10, *SMALL, '--dtype', 'float32', '--sink', True, '--drift', .8]
+    run('train_ar.py', *args, '--out', tmp_path / 'one')
+    run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
+    one, two = (losses(tmp_path / d) for d in ('one', 'two'))
+    assert len(one) == 10 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4
+
+
 @pytest.mark.parametrize('script, stage', [('finetune_camera.py', 'camera'), ('train_ar.py', 'ar'), ('distill_ode.py', 'ode'), ('distill_ode.py', 'cd')])
 def test_fsdp_equals_one_process_and_goes_on_from_its_state(script, stage, data, chain, tmp_path):
     """Weights split over two processes, activations computed again: the same losses and weights as one process; and the state
