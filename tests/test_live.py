@@ -108,11 +108,13 @@ def test_steps_checkpoint_prompt_and_start_change_under_way(port):
     with tab(port) as ws:
         for message, key, value in (({'steps': 1}, 'steps', 1), ({'ckpt': 'ar'}, 'ckpt', 'ar'), ({'steps': 2}, 'steps', 2),
                                     ({'prompt': 'night sky red floor'}, 'prompt', 'night sky red floor'), ({'ckpt': 'dmd'}, 'ckpt', 'dmd'),
+                                    ({'ckpt': 'doom'}, 'ckpt', 'doom'), ({'start': 'world', 'clip': 3}, 'clip', 3), ({'ckpt': 'home'}, 'ckpt', 'home'),
                                     ({'start': 'prompt', 'clip': 5}, 'clip', 5), ({'start': 'world', 'clip': 0}, 'clip', 0)):
             ws.send(json.dumps(message))
             began = time.time()
             while (header := frame(ws)[0])[key] != value:
                 assert time.time() < began + 20
+            assert header['h'] == (48 if header['ckpt'] == 'doom' else 64)   # another kind of world begins anew
         assert header['metres'] == 0
 
 
