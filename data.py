@@ -566,13 +566,12 @@ def make(cfg):
     jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + each)))) for split, name, n in
             ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, each)]
     with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool:     # Wan's networks are large: one process
-        shards, sheets, std = zip(*tqdm((map if cfg.wan else pool.map)(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
+        shards, sheets = zip(*tqdm((map if cfg.wan else pool.map)(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
         iio.imwrite(f'{tmp.name}/sheet.png', sheets[0])
         with open(f'{tmp.name}/manifest.json', 'w') as f:
             json.dump({'recipe': recipe, 'codec': 'wan' if cfg.wan else 'dct', 'gamma': GAMMA, 'shards': shards}, f, indent=1)
         os.chmod(tmp.name, 0o755)
         os.replace(tmp.name, out)
-    print('standard deviation of the latent channels:', *(f'{s:.2f}' for s in torch.stack(std).mean(0)))
     print(f'{cfg.clips} + {cfg.val_clips} clips of {cfg.frames} frames in {out}; look at {out}/sheet.png')
     return out
 
@@ -592,7 +591,7 @@ def _make_shard(job):
     if split == 0:
         del tensors['frames']
     save_tensors(f'{folder}/{name}_{first:06d}.safetensors', tensors, {'captions': captions})
-    return {'file': f'{name}_{first:06d}.safetensors', 'clips': len(indices)}, sheet, z.float().std((0, 1, 3, 4))
+    return {'file': f'{name}_{first:06d}.safetensors', 'clips': len(indices)}, sheet
 
 
 def load_manifest(folder):

@@ -429,8 +429,10 @@ class Live:
                 H, W, lowpoly = recipe['height'], recipe['width'], recipe['world'] == 'lowpoly' and codec.stride == 1
                 self.stride = codec.stride
             asked |= wish
-            old, kind = kind, (recipe['world'], H, W, codec.stride)
-            if z is None or 'start' in wish or kind != old:           # no picture of one world goes on in another kind of world
+            if kind != (kind := (recipe['world'], H, W, codec.stride)):       # a walk does not go on in another kind of world
+                z = None
+                self.tape.clear()
+            if z is None or 'start' in wish:
                 world, captions = held_out(self.cfg, header, [asked['clip']])
                 picture = world['frames'][:, 0] if asked['start'] in ('world', 'prompt') else load_picture(asked['start'], H, W)
                 z = None if asked['start'] == 'prompt' or m.first > 1 else codec.encode(picture[:, None]).to(self.device)

@@ -5,7 +5,7 @@ import re
 
 from conftest import ROOT, run
 
-BUDGET = {'model.py': 990, 'camera.py': 221, 'data.py': 739, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 377,
+BUDGET = {'model.py': 990, 'camera.py': 221, 'data.py': 738, 'finetune_camera.py': 300, 'train_ar.py': 300, 'distill_ode.py': 377,
           'distill_dmd.py': 400, 'stream.py': 670}
 
 
@@ -17,7 +17,7 @@ def read(name):
 def test_line_budgets():
     lines = {name: len(read(name).splitlines()) for name in BUDGET}
     over = {k: v for k, v in lines.items() if v > BUDGET[k]}
-    assert not over and sum(lines.values()) <= 3898, lines
+    assert not over and sum(lines.values()) <= 3900, lines
     assert {os.path.basename(f) for f in glob.glob(f'{ROOT}/*.py')} <= set(BUDGET)
 
 
