@@ -140,16 +140,21 @@ def teacher_forcing_mask(ids):
 # -----------------------------------------------------------------------------
 # captions, embedded without weights
 
+@functools.lru_cache(maxsize=4096)
+def embed_word(word, text_dim):
+    """A fixed Gaussian vector, seeded by the word's CRC-32."""
+    return torch.from_numpy(np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32))
+
+
 def embed_text(captions, text_len, text_dim):
-    """Captions -> (B, text_len, text_dim): a fixed Gaussian vector per word (seeded by its CRC-32) plus a sinusoid of
-    its place in the sentence. Zeros behind the last word; the empty caption is all zeros, the null prompt."""
+    """Captions -> (B, text_len, text_dim): `embed_word` of each word plus a sinusoid of its place in the sentence. Zeros behind
+    the last word; the empty caption is all zeros, the null prompt."""
     out = torch.zeros(len(captions), text_len, text_dim)
     angle = torch.arange(text_len)[:, None] / 100 ** (torch.arange(text_dim // 2) / (text_dim // 2))
     place = torch.cat([angle.cos(), angle.sin()], -1)
     for b, caption in enumerate(captions):
         for i, word in enumerate(caption.lower().split()[:text_len]):
-            vector = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32)
-            out[b, i] = torch.from_numpy(vector) + place[i]
+            out[b, i] = embed_word(word, text_dim) + place[i]
     return out
 
 # -----------------------------------------------------------------------------
@@ -161,15 +166,22 @@ def mask_rows(mask):
 
 
 @functools.lru_cache(maxsize=64)
-def _block_rows(mask):
-    """A mask (tuple of tuples) as a list of ((first, last + 1) query frames, [(first, last + 1) key frames, ...])."""
-    rows = []
+def _block_rows(mask, Lq, Lk, least=64, dtype=torch.float32):
+    """A mask (tuple of tuples) as a list of ((first, last + 1) query frames, [(first, last + 1) key frames, ...], bias). Equal rows
+    go together, and others up to `least` tokens, since small products are slow; bias (queries, keys) is then -inf at those of
+    their keys that a query must not see, else None."""
+    groups, rows = [], []
     for i, row in enumerate(mask):
-        if rows and row == mask[i - 1]:
-            rows[-1] = (rows[-1][0][0], i + 1), rows[-1][1]
+        if groups and (row == mask[i - 1] or (i + 1 - groups[-1][0]) * Lq <= least):
+            groups[-1][1] = i + 1
         else:
-            edges = [j for j in range(len(row) + 1) if (j < len(row) and row[j]) != (j > 0 and row[j - 1])]
-            rows.append(((i, i + 1), list(zip(edges[::2], edges[1::2]))))
+            groups.append([i, i + 1])
+    for a, b in groups:
+        part = torch.tensor(mask[a:b])
+        some, every = part.any(0).tolist(), part.all(0).tolist()
+        edges = [j for j in range(len(some) + 1) if (j < len(some) and some[j]) != (j > 0 and some[j - 1])]
+        bias = torch.where(part[:, some], 0, -torch.inf).to(dtype).repeat_interleave(Lq, 0).repeat_interleave(Lk, 1)
+        rows.append(((a, b), list(zip(edges[::2], edges[1::2])), bias if some != every else None))
     return rows
 
 
@@ -184,10 +196,10 @@ class BlockRowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, rows, Lq, Lk):
-        out, probs = torch.empty_like(q), []
-        for (a, b), frames in rows:
-            scores = q[:, :, a * Lq:b * Lq] * q.shape[-1] ** -0.5 @ _gather(k, frames, Lk).mT
-            probs.append(scores.softmax(-1))
+        out, probs, q = torch.empty_like(q), [], q * q.shape[-1] ** -0.5
+        for (a, b), frames, bias in rows:
+            scores = q[:, :, a * Lq:b * Lq] @ _gather(k, frames, Lk).mT
+            probs.append((scores if bias is None else scores.add_(bias)).softmax(-1))
             torch.matmul(probs[-1], _gather(v, frames, Lk), out=out[:, :, a * Lq:b * Lq])
         ctx.save_for_backward(q, k, v, out, *probs)
         ctx.rows, ctx.Lq, ctx.Lk = rows, Lq, Lk
@@ -199,28 +211,28 @@ class BlockRowAttention(torch.autograd.Function):
         (q, k, v, out, *probs), Lk = ctx.saved_tensors, ctx.Lk
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)             # sum_j p_ij dp_ij, the softmax's correction
-        for ((a, b), frames), p in zip(ctx.rows, probs):
+        for ((a, b), frames, _), p in zip(ctx.rows, probs):
             i = slice(a * ctx.Lq, b * ctx.Lq)
-            ds = p * (dout[:, :, i] @ _gather(v, frames, Lk).mT - delta[:, :, i]) * q.shape[-1] ** -0.5
-            dq[:, :, i] = ds @ _gather(k, frames, Lk)
+            ds = (dout[:, :, i] @ _gather(v, frames, Lk).mT).sub_(delta[:, :, i]).mul_(p)
+            torch.matmul(ds, _gather(k, frames, Lk), out=dq[:, :, i])
             dk_row, dv_row = ds.mT @ q[:, :, i], p.mT @ dout[:, :, i]
             sizes = [(y - x) * Lk for x, y in frames]
             for (x, y), dk_part, dv_part in zip(frames, dk_row.split(sizes, 2), dv_row.split(sizes, 2)):
                 dk[:, :, x * Lk:y * Lk] += dk_part
                 dv[:, :, x * Lk:y * Lk] += dv_part
-        return dq, dk, dv, None, None, None
+        return dq.mul_(q.shape[-1] ** -0.5), dk, dv, None, None, None
 
 
 def block_row_attention(q, k, v, mask):
     """Attention (B, S, N, Dh) under a frame mask (or its `mask_rows`), by BlockRowAttention."""
     mask = mask_rows(mask)
-    rows, Lq, Lk = _block_rows(mask), q.shape[1] // len(mask), k.shape[1] // len(mask[0])
+    Lq, Lk = q.shape[1] // len(mask), k.shape[1] // len(mask[0])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if torch.is_grad_enabled():
         with torch.autocast(q.device.type, enabled=False):
-            return BlockRowAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), rows, Lq, Lk).transpose(1, 2)
+            return BlockRowAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), _block_rows(mask, Lq, Lk, dtype=q.dtype), Lq, Lk).transpose(1, 2)
     return torch.cat([F.scaled_dot_product_attention(q[:, :, a * Lq:b * Lq], _gather(k, frames, Lk), _gather(v, frames, Lk))
-                      for (a, b), frames in rows], 2).transpose(1, 2)
+                      for (a, b), frames, _ in _block_rows(mask, Lq, Lk, 0)], 2).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -363,17 +375,19 @@ class Attention(nn.Module):
     def keys_values(self, x):
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
-    def self_attention(self, x, table, lens, mask, cache, layer):
-        q, (k, v) = self.heads(self.norm_q(self.q(x))), self.keys_values(x)   # (B, S, N, Dh)
+    def self_attention(self, x, table, lens, mask, cache, layer, ask):
+        """ask: only the last so many tokens are queries (None: all)."""
+        q, (k, v) = self.heads(self.norm_q(self.q(x[:, -ask:] if ask else x))), self.keys_values(x)     # (B, S, N, Dh)
 
         def attend(q, k, v, layer):
             if cache is not None:
                 k, v = cache.update(layer, k, v)                              # (B, all so far, N, Dh)
             return attention(q, k, v, mask)
-        y = self.o(attend(rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype), v, layer).flatten(-2))
+        y = self.o(attend(rotate(q, table[-q.shape[1]:]).to(v.dtype), rotate(k, table).to(v.dtype), v, layer).flatten(-2))
         if not lens:
             return y
         P, inverse = lens                                                     # PRoPE: q^T P_q P_k^-1 k, and values alike
+        P = P[:, -(P.shape[1] * q.shape[1] // x.shape[1]):]
         z = attend(project(q, P.mT).to(v.dtype), project(k, inverse).to(v.dtype), project(v, inverse), layer + self.layers)
         z = self.prope_o(project(z, P).flatten(-2))
         return y + (z.unflatten(1, (P.shape[1], -1)) * P[..., 3:, 3:]).flatten(1, 2).to(y.dtype)       # 0: camera dropped
@@ -398,13 +412,18 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(D, cfg.ffn_dim), nn.GELU('tanh'), nn.Linear(cfg.ffn_dim, D))
         self.modulation = nn.Parameter(torch.randn(1, 6, D) / D ** 0.5)
 
-    def forward(self, x, e0, text, table, lens, mask, cache, layer):
+    def forward(self, x, e0, text, table, lens, mask, cache, layer, last=None):
+        """last: only that many frames, at the end, are asked for; the others give their keys and values."""
         B, S, D = x.shape
-        frames = lambda y: y.view(B, e0.shape[1], -1, D)                      # (B, S, D) -> (B, F, L, D)
+        L = S // e0.shape[1]
+        frames = lambda y: y.view(B, -1, L, D)                                # (B, S, D) -> (B, F, L, D)
         m = (self.modulation + e0).unsqueeze(3).unbind(2)                     # 6 x (B, F, 1, D)
         y = torch.addcmul(m[0], frames(self.norm1(x)), 1 + m[1]).view(B, S, D)
-        y = self.self_attn.self_attention(y, table, lens, mask, cache, layer)
-        x = torch.addcmul(frames(x), frames(y).to(x.dtype), m[2]).view(B, S, D)
+        y = self.self_attn.self_attention(y, table, lens, mask, cache, layer, last and last * L)
+        x = frames(x)
+        if last:
+            x, m, S = x[:, -last:], [part[:, -last:] for part in m], last * L
+        x = torch.addcmul(x, frames(y).to(x.dtype), m[2]).view(B, S, D)
         x = x + self.cross_attn.cross_attention(self.norm3(x), text, cache, layer)
         y = self.ffn(torch.addcmul(m[3], frames(self.norm2(x)), 1 + m[4]).view(B, S, D))
         return torch.addcmul(frames(x), frames(y).to(x.dtype), m[5]).view(B, S, D)
@@ -471,11 +490,12 @@ class DiT(nn.Module):
                 told += (on if isinstance(on, float) else on[..., None]) * focal[..., None] * invert(camera.c2w), camera.c2w / focal[..., None, :]
         return told
 
-    def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
+    def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None, last=None):
         """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F).
 
         text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames, or what
-        embed_camera made of it, or None; mask (F, keys) bool or None for all; pos: F positions, by default from cache.end
+        embed_camera made of it, or None; mask (F, keys) bool or None for all; pos: F positions, by default from cache.end;
+        last: give only the velocities of that many frames, the last
         """
         B, n, C, H, W = x.shape
         p = self.cfg.patch
@@ -501,10 +521,13 @@ class DiT(nn.Module):
             cache = copy.copy(cache)                                         # as it is now, for when the blocks compute again
         for i, block in enumerate(self.blocks):
             args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask, cache, i
+            if last and i + 1 == len(self.blocks):                           # what only others would ask for is left out
+                args = *args[:5], mask and mask[-last:], *args[6:], last
             keep = not self.checkpoint or not torch.is_grad_enabled()
             x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
-            x = self.head(x.view(B, n, h * w, -1), e).float()                # (B, F, L, p p C), channel fastest
+            n = last or n
+            x = self.head(x.view(B, n, h * w, -1), e[:, -n:]).float()        # (B, F, L, p p C), channel fastest
         return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
 
 # -----------------------------------------------------------------------------
@@ -529,7 +552,7 @@ def teacher_forced(net, cfg, batch, x_t, t, history=None, t_history=None):
     history, t_history = (batch.x0, torch.zeros_like(t)) if history is None else (history, t_history)
     past, seen = Camera(camera.c2w[:, :h], camera.K[:, :h], camera.on, camera.step[:, :h]), [*range(h), *range(F, 2 * F)]
     return net(torch.cat([history[:, :h], x_t], 1), torch.cat([t_history[:, :h], t], 1), batch.text, Camera.cat([past, camera]),
-               mask=teacher_forcing_mask(ids)[seen][:, seen], pos=[*range(h), *range(F)])[:, h:]
+               mask=teacher_forcing_mask(ids)[seen][:, seen], pos=[*range(h), *range(F)], last=F)
 
 # -----------------------------------------------------------------------------
 # walking: the only chunk-by-chunk loop
@@ -589,7 +612,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             mask = torch.ones(new + n, cache.end + new + n, dtype=torch.bool)
             mask[:new, -n:] = False
         with torch.set_grad_enabled(grad):
-            v = model(twice(x), t, text, camera, mask, cache=cache)[:, new:]
+            v = model(twice(x), t, text, camera, mask, cache=cache, last=n if new else None)
         cache.end += new
         return v[B:] + guidance * (v[:B] - v[B:]) if guidance != 1 else v
 
@@ -675,17 +698,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group['params'] if p.grad is not None):
-                if p not in self.state:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                momentum = self.state[p]['momentum_buffer'].lerp_(p.grad, .05)
-                X, tall = p.grad.lerp(momentum, .95).to(self.dtype), p.shape[0] > p.shape[1]
-                X = (X.mT if tall else X) / X.norm().clamp(min=1e-7)
+            alike = {}                                         # all matrices of a shape at once: small products are slow
+            for p in group['params']:
+                if p.grad is not None:
+                    alike.setdefault(tuple(sorted(p.shape)), []).append(p)
+                    if p not in self.state:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            for params in alike.values():
+                grads, momentum = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
+                torch._foreach_lerp_(momentum, grads, .05)
+                X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in torch._foreach_lerp(grads, momentum, .95)]).to(self.dtype)
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):                             # Newton-Schulz: singular values to about 1
                     A = X @ X.mT
-                    X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(X.mT if tall else X, alpha=-group['lr'] * .2 * max(p.shape) ** .5)
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+                for p, x in zip(params, X):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(x.mT if p.shape[0] > p.shape[1] else x, alpha=-group['lr'] * .2 * max(p.shape) ** .5)
 
 
 def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):

@@ -20,7 +20,7 @@ def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None, *
         (x, t), end = args[:2], kw_['cache'].end
         new = int((t[0] == t[0, 0]).sum()) % len(t[0])
         for part in ([slice(new)] if new else []) + [slice(new, None)]:
-            calls.append((x[:, part], t[:, part], end + (part.start or 0), v[:, part]))
+            calls.append((x[:, part], t[:, part], end + (part.start or 0), v if part.stop is None else None))
     if calls is not None:
         hook = model.register_forward_hook(record, with_kwargs=True)
     out = list(rollout(model, cameras, text, schedule(3, 2.0), noise, first, guidance, window, **kw))

@@ -39,9 +39,9 @@ class Gaussian:
     def x0(self, x, t):                                        # E[x0 | x_t]
         return self.mean + (1 - t) * self.std ** 2 / ((1 - t) ** 2 * self.std ** 2 + t ** 2) * (x - (1 - t) * self.mean)
 
-    def __call__(self, x, t, text, camera=None, mask=None, pos=None, cache=None):
+    def __call__(self, x, t, text, camera=None, mask=None, pos=None, cache=None, last=0):
         self.calls.append((x, t))
-        t = t[..., None, None, None]
+        x, t = x[:, -last:], t[:, -last:, None, None, None]
         return (x - (self.end if self.jump else self.x0)(x, t)) / t.clamp(min=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_a_few_step_model_is_sampled_by_renoising_not_by_euler():
     for frame in range(1, F):                                  # a frame: 4 denoising calls; it goes along, clean, with the next one's first
         (x, t, v), *rest = calls[4 * (frame - 1):][:5]
         assert x.shape[1] == 2 and torch.equal(x[:, :1], out[:, frame - 1:frame]) and (t[:, 0] == 0).all()
-        step, fresh = [(x[:, 1:], t[:, 1:], v[:, 1:]), *rest], noises[4 * (frame - 1):][:4]
+        step, fresh = [(x[:, 1:], t[:, 1:], v), *rest], noises[4 * (frame - 1):][:4]
         assert torch.equal(step[0][0], fresh[0])
         for s in range(3):
             x0 = v_to_x0(*[step[s][i] for i in (0, 2, 1)])
