@@ -41,6 +41,11 @@ class BadInput(ValueError):
     """Something the user gave is wrong: one sentence that says what, where, and what to do about it."""
 
 
+def true_or_false(text):
+    """The type of the scripts' boolean flags: 'True' or 'False'."""
+    return bool(('False', 'True').index(text))
+
+
 @dataclass
 class Camera:
     """The cameras of consecutive frames of a batch of clips."""
@@ -57,8 +62,7 @@ class Camera:
         """Join along frames (dim 1; `on` is the first one's) or along the batch (dim 0)."""
         on = cameras[0].on
         if dim == 0 and any(c.on is not None for c in cameras):
-            on = torch.cat([torch.ones(len(c.K), dtype=torch.bool, device=c.K.device) if c.on is None else c.on
-                            for c in cameras])
+            on = torch.cat([torch.ones(len(c.K), dtype=torch.bool, device=c.K.device) if c.on is None else c.on for c in cameras])
         join = lambda name: torch.cat([getattr(c, name) for c in cameras], dim)
         return Camera(join('c2w'), join('K'), on, join('step'))
 
@@ -74,16 +78,6 @@ def make_pose(position, yaw, pitch):
     c2w[..., 2, 0], c2w[..., 2, 1], c2w[..., 2, 2] = -a.sin(), a.cos() * b.sin(), a.cos() * b.cos()
     c2w[..., :3, 3], c2w[..., 3, 3] = position, 1
     return c2w
-
-
-def quaternion_pose(t, q):
-    """Poses (..., 4, 4) from translations t (..., 3) and quaternions q (..., 4) in the order x, y, z, w, of any length."""
-    x, y, z, w = torch.nn.functional.normalize(q, dim=-1).unbind(-1)
-    R = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-                     2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-                     2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
-    bottom = torch.tensor([0., 0, 0, 1], dtype=t.dtype, device=t.device).expand(*t.shape[:-1], 1, 4)
-    return torch.cat([torch.cat([R, t[..., None]], -1), bottom], -2)
 
 
 def invert(pose):
@@ -109,10 +103,8 @@ def steps(c2w, before=None, jump=None):
 
 
 def pose_error(a, b):
-    """Rotation (degrees) and translation (metres) between poses (..., 4, 4), each of shape (...).
-
-    The angle is 2 asin(|Ra - Rb|_F / sqrt 8), which stays accurate near 0 where acos of the trace does not.
-    """
+    """Rotation (degrees) and translation (metres) between poses (..., 4, 4), each of shape (...). The angle is
+    2 asin(|Ra - Rb|_F / sqrt 8), which stays accurate near 0 where acos of the trace does not."""
     a, b = a.double(), b.double()
     chord = (a[..., :3, :3] - b[..., :3, :3]).flatten(-2).norm(dim=-1)
     return torch.rad2deg(2 * torch.asin((chord / math.sqrt(8)).clamp(max=1))), (a - b)[..., :3, 3].norm(dim=-1)
@@ -161,17 +153,6 @@ def parse_keys(text):
                            'then *count, as in "w*12,wl*6"')
         keys += [m[1].replace('dn', 'o')] * int(m[2] or 1)
     return keys
-
-
-def format_keys(keys):
-    """['w', 'w', 'wl'] -> "w*2,wl*1": the inverse of parse_keys."""
-    runs = []
-    for k in keys:
-        if runs and runs[-1][0] == k:
-            runs[-1][1] += 1
-        else:
-            runs.append([k, 1])
-    return ','.join(f'{k}*{n}' for k, n in runs)
 
 
 def move(position, yaw, pitch, keys, metres=METRES, degrees=DEGREES):

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps
+from camera import BadInput, Camera, relative, steps, true_or_false
 from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
 from model import (DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
@@ -361,8 +361,7 @@ def main(cfg, stage):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
-        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
     cfg = Config(**vars(parser.parse_args()))
     try:
         main(cfg, 'dmd')

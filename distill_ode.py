@@ -9,10 +9,9 @@ Out: out/ode.safetensors (--method ode, Causal Forcing) or out/cd.safetensors (-
     torchrun --nproc_per_node=1 distill_ode.py --method cd --batch 64                     # one GPU
     torchrun --nproc_per_node=8 distill_ode.py --method cd --batch 256                    # eight
 
-    --method ode                          pairs (state, end point) of the teacher's ODE are made once, then regressed
-    --method ode --teacher bidirectional  pairs from the stage-0 model, as CausVid and Self Forcing make them: the wrong
-                                          teacher, kept for comparison. A frame's end point then depends on the noise
-                                          of later frames, which a causal student cannot see: it learns their mean, blur
+--method ode makes pairs (state, end point) of the teacher's ODE once, then regresses them. --teacher bidirectional makes them
+with the stage-0 model, as CausVid and Self Forcing do: the wrong teacher, kept for comparison. A frame's end point then depends
+on the noise of later frames, which a causal student cannot see: it learns their mean, blur.
 
 Different from minWM: 1) the clean history of the pairs is encoded once, not at each of the 48 steps; 2) one set of pairs
 serves 4, 2 and 1 steps; 3) times and dt in float32, masters in float32 (in bfloat16 dt is wrong by up to 64 %).
@@ -29,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera
+from camera import BadInput, Camera, true_or_false
 from data import Clips, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, gate, learning_rate, load_model,
@@ -368,8 +367,7 @@ def main(cfg, stage):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
-        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
     cfg = Config(**vars(parser.parse_args()))
     try:
         main(cfg, cfg.method if cfg.teacher == 'causal' else 'ode-bidirectional')

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera
+from camera import BadInput, Camera, true_or_false
 from data import Clips, get_batch, make, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, gate, learning_rate, load_model, load_resume,
@@ -104,10 +104,9 @@ def evaluate(model, cfg, clips, device, strip=None):
     n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
     metrics = {'val_loss': loss_fn(model, cfg, batch)[0].item()}
-    times = schedule(cfg.sample_steps, model.cfg.shift)
 
     def generate(camera):
-        return decode(sample_clip(model, batch.eps, batch.text, camera, times, batch.x0[:, :1]))
+        return decode(sample_clip(model, batch.eps, batch.text, camera, schedule(cfg.sample_steps, model.cfg.shift), batch.x0[:, :1]))
     truth, decode = clips.truth(n, cfg.frames).to(device), clips.codec(device).decode
     last = min(7, truth.shape[1] - 1)
     walk = generate(batch.camera if cfg.camera != 'none' else None)
@@ -123,8 +122,7 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    shipped = os.path.join('checkpoints', os.path.basename(cfg.init))
-    for path in (cfg.init, shipped):
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init))):
         if cfg.camera != 'none' and os.path.exists(path):
             model, header = load_model(path, device, camera=cfg.camera)
             model.cfg.sink |= cfg.sink
@@ -241,8 +239,7 @@ def main(cfg, stage):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
-        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
     cfg = Config(**vars(parser.parse_args()))
     try:
         main(cfg, 'base' if cfg.camera == 'none' else 'camera')

@@ -141,21 +141,18 @@ def teacher_forcing_mask(ids):
 # captions, embedded without weights
 
 @functools.lru_cache(maxsize=4096)
-def embed_word(word, text_dim):
-    """A fixed Gaussian vector, seeded by the word's CRC-32."""
-    return torch.from_numpy(np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32))
+def _embed(caption, text_len, text_dim):
+    out, angle = torch.zeros(text_len, text_dim), torch.arange(text_len)[:, None] / 100 ** (torch.arange(text_dim // 2) / (text_dim // 2))
+    for i, (word, place) in enumerate(zip(caption.lower().split(), torch.cat([angle.cos(), angle.sin()], -1))):
+        vector = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(text_dim, dtype=np.float32)
+        out[i] = torch.from_numpy(vector) + place
+    return out
 
 
 def embed_text(captions, text_len, text_dim):
-    """Captions -> (B, text_len, text_dim): `embed_word` of each word plus a sinusoid of its place in the sentence. Zeros behind
-    the last word; the empty caption is all zeros, the null prompt."""
-    out = torch.zeros(len(captions), text_len, text_dim)
-    angle = torch.arange(text_len)[:, None] / 100 ** (torch.arange(text_dim // 2) / (text_dim // 2))
-    place = torch.cat([angle.cos(), angle.sin()], -1)
-    for b, caption in enumerate(captions):
-        for i, word in enumerate(caption.lower().split()[:text_len]):
-            out[b, i] = embed_word(word, text_dim) + place[i]
-    return out
+    """Captions -> (B, text_len, text_dim): a fixed Gaussian vector per word (seeded by its CRC-32) plus a sinusoid of
+    its place in the sentence. Zeros behind the last word; the empty caption is all zeros, the null prompt."""
+    return torch.stack([_embed(caption, text_len, text_dim) for caption in captions])
 
 # -----------------------------------------------------------------------------
 # attention
@@ -166,22 +163,21 @@ def mask_rows(mask):
 
 
 @functools.lru_cache(maxsize=64)
-def _block_rows(mask, Lq, Lk, least=64, dtype=torch.float32):
+def _block_rows(mask, Lq, Lk, dtype, device):
     """A mask (tuple of tuples) as a list of ((first, last + 1) query frames, [(first, last + 1) key frames, ...], bias). Equal rows
-    go together, and others up to `least` tokens, since small products are slow; bias (queries, keys) is then -inf at those of
-    their keys that a query must not see, else None."""
-    groups, rows = [], []
-    for i, row in enumerate(mask):
-        if groups and (row == mask[i - 1] or (i + 1 - groups[-1][0]) * Lq <= least):
-            groups[-1][1] = i + 1
-        else:
-            groups.append([i, i + 1])
-    for a, b in groups:
+    go together, and others up to 64 tokens, since small products are slow; bias (queries, keys) is then -inf at those of their
+    keys that a query must not see, else None."""
+    rows, a = [], 0
+    while a < len(mask):
+        b = a + 1
+        while b < len(mask) and (mask[b] == mask[b - 1] or (b + 1 - a) * Lq <= 64):
+            b += 1
         part = torch.tensor(mask[a:b])
-        some, every = part.any(0).tolist(), part.all(0).tolist()
-        edges = [j for j in range(len(some) + 1) if (j < len(some) and some[j]) != (j > 0 and some[j - 1])]
-        bias = torch.where(part[:, some], 0, -torch.inf).to(dtype).repeat_interleave(Lq, 0).repeat_interleave(Lk, 1)
-        rows.append(((a, b), list(zip(edges[::2], edges[1::2])), bias if some != every else None))
+        seen = part.any(0)
+        edges = F.pad(seen, (1, 1)).int().diff().nonzero().flatten().tolist()
+        bias = torch.where(part[:, seen], 0, -torch.inf).to(device, dtype).repeat_interleave(Lq, 0).repeat_interleave(Lk, 1)
+        rows.append(((a, b), list(zip(edges[::2], edges[1::2])), bias if bias.any() else None))
+        a = b
     return rows
 
 
@@ -190,9 +186,8 @@ def _gather(x, frames, L):
 
 
 class BlockRowAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt Dh) v for (B, N, S, Dh) under a frame mask, by a loop over its rows: consecutive query
-    frames with equal rows attend to just the frames they may see. On a CPU that is the work of the allowed blocks
-    only. The backward pass is written out because autograd's own would touch all of k and v once per row."""
+    """softmax(q k^T / sqrt Dh) v for (B, N, S, Dh) under a frame mask, by a loop over its rows: on a CPU that is the work of the
+    allowed blocks only. The backward pass is written out because autograd's own would touch all of k and v once per row."""
 
     @staticmethod
     def forward(ctx, q, k, v, rows, Lq, Lk):
@@ -227,12 +222,12 @@ def block_row_attention(q, k, v, mask):
     """Attention (B, S, N, Dh) under a frame mask (or its `mask_rows`), by BlockRowAttention."""
     mask = mask_rows(mask)
     Lq, Lk = q.shape[1] // len(mask), k.shape[1] // len(mask[0])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rows, (q, k, v) = _block_rows(mask, Lq, Lk, q.dtype, q.device), (x.transpose(1, 2) for x in (q, k, v))
     if torch.is_grad_enabled():
         with torch.autocast(q.device.type, enabled=False):
-            return BlockRowAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), _block_rows(mask, Lq, Lk, dtype=q.dtype), Lq, Lk).transpose(1, 2)
-    return torch.cat([F.scaled_dot_product_attention(q[:, :, a * Lq:b * Lq], _gather(k, frames, Lk), _gather(v, frames, Lk))
-                      for (a, b), frames, _ in _block_rows(mask, Lq, Lk, 0)], 2).transpose(1, 2)
+            return BlockRowAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), rows, Lq, Lk).transpose(1, 2)
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, a * Lq:b * Lq], _gather(k, frames, Lk), _gather(v, frames, Lk), bias)
+                      for (a, b), frames, bias in rows], 2).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=16)
@@ -350,13 +345,27 @@ def project(x, M):
         return (x.float().reshape(len(x), M.shape[1], -1, 4) @ M.mT).view(x.shape).to(x.dtype)
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """Normalised in float32, cast back, then scaled, as in Wan; its backward pass by hand takes half of the passes of autograd's."""
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale, weight)
+        return y * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        y, scale, weight = ctx.saved_tensors
+        gy = g * weight.to(g.dtype)
+        return (gy - y * (gy * y).mean(-1, keepdim=True)) * scale.to(g.dtype), (g * y).sum((0, 1)).to(weight.dtype), None
+
+
 class RMSNorm(nn.RMSNorm):
-    """Normalised in float32, cast back, then scaled, as in Wan (and, with a gradient, faster than torch's on a CPU)."""
     def forward(self, x):
         if not torch.is_grad_enabled() and x.dtype == torch.float32:
             return super().forward(x)
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+        return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -376,8 +385,9 @@ class Attention(nn.Module):
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
     def self_attention(self, x, table, lens, mask, cache, layer, ask):
-        """ask: only the last so many tokens are queries (None: all)."""
-        q, (k, v) = self.heads(self.norm_q(self.q(x[:, -ask:] if ask else x))), self.keys_values(x)     # (B, S, N, Dh)
+        if torch.is_autocast_enabled(x.device.type):                          # once for q, k and v
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        q, (k, v) = self.heads(self.norm_q(self.q(x[:, -ask:] if ask else x))), self.keys_values(x)   # (B, S, N, Dh); q of `ask`
 
         def attend(q, k, v, layer):
             if cache is not None:
@@ -413,8 +423,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, D) / D ** 0.5)
 
     def forward(self, x, e0, text, table, lens, mask, cache, layer, last=None):
-        """last: only that many frames, at the end, are asked for; the others give their keys and values."""
-        B, S, D = x.shape
+        B, S, D = x.shape                                                     # last: how many frames, the last, are asked for
         L = S // e0.shape[1]
         frames = lambda y: y.view(B, -1, L, D)                                # (B, S, D) -> (B, F, L, D)
         m = (self.modulation + e0).unsqueeze(3).unbind(2)                     # 6 x (B, F, 1, D)
@@ -520,14 +529,12 @@ class DiT(nn.Module):
         if self.checkpoint and torch.is_grad_enabled():
             cache = copy.copy(cache)                                         # as it is now, for when the blocks compute again
         for i, block in enumerate(self.blocks):
-            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask, cache, i
-            if last and i + 1 == len(self.blocks):                           # what only others would ask for is left out
-                args = *args[:5], mask and mask[-last:], *args[6:], last
+            ask = last if i + 1 == len(self.blocks) else None                # the last block leaves out what only others would see
+            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask and mask[-(ask or 0):], cache, i, ask
             keep = not self.checkpoint or not torch.is_grad_enabled()
             x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
-            n = last or n
-            x = self.head(x.view(B, n, h * w, -1), e[:, -n:]).float()        # (B, F, L, p p C), channel fastest
+            x = self.head(x.view(B, last or n, h * w, -1), e[:, -(last or 0):]).float()      # (B, F, L, p p C), channel fastest
         return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
 
 # -----------------------------------------------------------------------------
@@ -664,11 +671,12 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
 
 
 def walk_clip(model, c2w, K, text, times, noise, first=None, **options):
-    """A walk along c2w (B, F, 4, 4), K (B, F, 4), by `rollout` with its options: (B, F, C, H, W). first (B, 1, C, H, W) is given
-    to models whose first chunk is one frame."""
-    sizes = torch.bincount(chunk_ids(c2w.shape[1], model.cfg.chunk, model.cfg.first)).tolist()
+    """A walk along c2w (B, F, 4, 4), K (B, F, 4), by `rollout` with its options: (B, F, C, H, W). first (B, n, C, H, W) is given,
+    if it is no shorter than the model's first chunk."""
+    first = first if first is not None and first.shape[1] >= model.cfg.first else None
+    sizes = torch.bincount(chunk_ids(c2w.shape[1], model.cfg.chunk, model.cfg.first if first is None else first.shape[1])).tolist()
     cameras = map(Camera, c2w.split(sizes, 1), K.split(sizes, 1))
-    return torch.cat(list(rollout(model, cameras, text, times, noise, first if sizes[0] == 1 else None, **options)), 1)
+    return torch.cat(list(rollout(model, cameras, text, times, noise, first, **options)), 1)
 
 # -----------------------------------------------------------------------------
 # training helpers: device, optimizer, learning rate, EMA
@@ -690,26 +698,23 @@ def pick_device(device='auto', dtype='auto', local_rank=0):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), its step scaled to AdamW's RMS (Moonlight) so that one learning rate serves both. As
-    torch.optim.Muon, but in any dtype: torch's is always in bfloat16, which is slow where no hardware multiplies it."""
+    torch.optim.Muon with ns_steps=4 (5, the usual, trained no better), but in any dtype: torch's is always in bfloat16."""
     def __init__(self, params, lr, weight_decay, dtype):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
-        self.dtype = dtype
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, dtype=dtype))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             alike = {}                                         # all matrices of a shape at once: small products are slow
-            for p in group['params']:
-                if p.grad is not None:
-                    alike.setdefault(tuple(sorted(p.shape)), []).append(p)
-                    if p not in self.state:
-                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            for p in (p for p in group['params'] if p.grad is not None):
+                alike.setdefault(tuple(sorted(p.shape)), []).append(p)
+                self.state[p] = self.state[p] or {'momentum_buffer': torch.zeros_like(p)}
             for params in alike.values():
                 grads, momentum = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
                 torch._foreach_lerp_(momentum, grads, .05)
-                X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in torch._foreach_lerp(grads, momentum, .95)]).to(self.dtype)
+                X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in torch._foreach_lerp(grads, momentum, .95)]).to(group['dtype'])
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):                             # Newton-Schulz: singular values to about 1
+                for _ in range(4):                             # Newton-Schulz: singular values to about 1
                     A = X @ X.mT
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
                 for p, x in zip(params, X):
@@ -974,9 +979,10 @@ def flops(cfg, frames, L, keys):
 
 
 def forced_flops(cfg, F, L):
-    """The same of `teacher_forced`: h frames of history and F noisy ones, each upon what came before it."""
-    h = F - cfg.chunk
-    return flops(cfg, h + F, L, (h * (h + cfg.chunk) + F * (F + cfg.chunk)) / 2 / (h + F))
+    """The same of `teacher_forced`: h frames of history, only keys and values in the last block, and F noisy ones upon them."""
+    h, D = F - cfg.chunk, cfg.dim
+    unasked = h * L * (4 * D * D + 2 * D * cfg.ffn_dim + ((h + cfg.chunk) * L + 2 * cfg.text_len) * D)
+    return flops(cfg, h + F, L, (h * (h + cfg.chunk) + F * (F + cfg.chunk)) / 2 / (h + F)) - 2 * unasked
 
 
 def main(a):
@@ -992,8 +998,7 @@ def main(a):
     stored = '' if a.ckpt in PRESETS else f', stored as {next(iter(open_weights(a.ckpt)[0].values()))().dtype}'
     print(f'{a.ckpt}: preset {preset}, {P / 1e6:.2f} M parameters, stage {header["stage"]}, step {header["step"]}, camera {c.camera}{stored}\n{c}')
     cache = 4 * c.num_layers * (1 + ('prope' in c.camera)) * a.window * L * c.dim
-    chunk, full = flops(c, c.chunk, L, .75 * a.window), flops(c, a.frames, L, a.frames)
-    forced = forced_flops(c, a.frames, L)
+    chunk, full, forced = flops(c, c.chunk, L, .75 * a.window), flops(c, a.frames, L, a.frames), forced_flops(c, a.frames, L)
     rows = [('bidirectional step', 3 * full), ('teacher-forced step', 3 * forced), (f'a streamed chunk in {a.steps} steps', (a.steps + 1) * chunk)]
     print(f'{a.height} x {a.width} pixels, {L} tokens a frame, clips of {a.frames} frames, a window of {a.window}, batch 1, computed:')
     for name, n in rows:

@@ -38,11 +38,11 @@ from PIL import Image, ImageDraw
 from torch.utils.benchmark import Timer
 
 from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys,
-                    rays, relative)
+                    rays, relative, true_or_false)
 from data import (ARENA, Clips, Lowpoly, find_codec, frechet, free, load_manifest, load_poses, lowpoly_clips, make_plan, motion, noise_for,
                   psnr, sharpness, write_strip)
 from data import Config as DataConfig
-from model import load_model, pick_device, rollout, schedule, walk_clip
+from model import flops, load_model, pick_device, rollout, schedule, walk_clip
 
 
 @dataclass
@@ -131,8 +131,7 @@ def sampler(cfg, header, shift):
 
 @torch.inference_mode()
 def walk(model, cfg, header, codec, c2w, K, captions, first, noise):
-    """Pictures (B, F', H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times
-    the same rollout frame by frame."""
+    """Pictures (B, F', H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times the same rollout."""
     text, K = codec.embed(captions, model.cfg).to(c2w.device), K[:, None].expand(-1, c2w.shape[1], -1)
     return codec.decode(walk_clip(model, c2w, K, text, noise=noise, first=first, **sampler(cfg, header, model.cfg.shift)))
 
@@ -300,8 +299,7 @@ def score(model, cfg, header, codec, device, find_poses=True):
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
     p = psnr(dream, truth)
     ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
-    out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(),
-               psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
+    out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(), psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
                psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
                psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
                drift_db_per_frame=np.polyfit(range(1, p.shape[1]), p.mean(0)[1:].double(), 1)[0].item(),
@@ -600,13 +598,11 @@ def bench(model, cfg, header, codec, device):
     per_frame = np.diff(done)[warm:].mean() / m.chunk
     near = lambda i: float(np.median(latency[max(1, i // m.chunk - 40):i // m.chunk + 40]))
     # the floor: the arithmetic of one frame at the matrix product's own speed, or its weights at memory speed
-    tokens, window = H * W // 64 // m.patch ** 2, how['window']
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'text' not in n)
     calls = (cfg.steps + 1 / m.chunk) * (1 + (cfg.guidance != 1))
-    flops = calls * tokens * (2 * weights + 4 * m.num_layers * m.dim * tokens * window * .75)
+    work = calls / m.chunk * flops(m, m.chunk, H * W // 64 // m.patch ** 2, .75 * how['window'])
     a = torch.randn(1024, 1024, device=device, dtype=next(model.parameters()).dtype)
     product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
-    floor = flops / (2 * 1024 ** 3) * min(product.timeit(1).mean for _ in range(10))
+    floor = work / (2 * 1024 ** 3) * min(product.timeit(1).mean for _ in range(10))
     peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == 'cuda' else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
     return dict(fps=1 / per_frame, fps_denoiser=1 / (per_frame - decoder[warm:].mean() / m.chunk),
@@ -646,8 +642,7 @@ def main(cfg):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
     try:
         main(Config(**vars(parser.parse_args())))
     except (BadInput, OSError) as e:

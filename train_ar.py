@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps
+from camera import BadInput, Camera, relative, steps, true_or_false
 from data import Clips, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, gate, learning_rate, load_model, load_resume,
-                   make_optimizers, pick_device, rollout, save_model, save_resume, schedule, shard, shift_time,
+                   make_optimizers, pick_device, save_model, save_resume, schedule, shard, shift_time,
                    sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
@@ -130,12 +130,10 @@ class Drift:
         camera = Camera(relative(path), K, step=steps(path, jump=jump))
         # 3) walk on
         noise = noise_for([int(x * 2 ** 24) for x in batch.u[:, n + 3].tolist()], clip.shape[2:], clip.device)
-        sizes = [half] + [m.chunk] * ((n - half) // m.chunk)
-        cameras = map(Camera, path.split(sizes, 1), K.split(sizes, 1))
         if hasattr(model, 'unshard'):                         # rollout embeds cameras outside of a forward pass
             model.unshard()
         with torch.no_grad():
-            dreamt = torch.cat(list(rollout(model, cameras, text, schedule(4, m.shift), noise, seen, window=n, context=cfg.context)), 1)
+            dreamt = walk_clip(model, path, K, text, schedule(4, m.shift), noise, seen, window=n, context=cfg.context)
         kept = [0] * m.sink + [*range(m.sink - half, 0)]
         self.walks[turn] = clip, c2w, K, text, dreamt[:, kept], age + n - half
         # 4) from there, the clip is still the target
@@ -167,8 +165,7 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    shipped = os.path.join('checkpoints', os.path.basename(cfg.init))
-    for path in (cfg.init, shipped):
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init))):
         if os.path.exists(path):
             model, header = load_model(path, device)
             say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
@@ -291,8 +288,7 @@ def main(cfg, stage):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
     for f in fields(Config):
-        kind = f.type if f.type is not bool else lambda s: {'True': True, 'False': False}[s]
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
     cfg = Config(**vars(parser.parse_args()))
     try:
         main(cfg, 'ar')

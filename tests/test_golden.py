@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from camera import Camera, invert, minwm_poses, quaternion_pose, relative
+from camera import Camera, invert, minwm_poses, relative
 from model import (DiT, ModelConfig, bell_weight, causal_mask, chunk_ids, project, rotary_table, rotate, schedule, sinusoid,
                    teacher_forcing_mask)
 
@@ -112,6 +112,16 @@ def test_teacher_forcing_with_cameras(name, chunk):
 @pytest.mark.parametrize('i, keys', [*enumerate(['w*19', 'i*12,j*7', 'a*10,l*9', 'dn*3,u*2,s*4,d*5,k*5'])])
 def test_minwm_walks(i, keys):
     torch.testing.assert_close(invert(minwm_poses(keys)), load('wan_schedules')[f'traj{i}.viewmats'], **TOL)
+
+
+def quaternion_pose(t, q):
+    """Poses (..., 4, 4) from translations t (..., 3) and quaternions q (..., 4) in the order x, y, z, w, of any length."""
+    x, y, z, w = torch.nn.functional.normalize(q, dim=-1).unbind(-1)
+    R = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+                     2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+                     2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
+    bottom = torch.tensor([0., 0, 0, 1], dtype=t.dtype, device=t.device).expand(*t.shape[:-1], 1, 4)
+    return torch.cat([torch.cat([R, t[..., None]], -1), bottom], -2)
 
 
 def test_minwm_quaternions():

@@ -185,7 +185,7 @@ def test_muon_is_torchs(dtype):
                 w.grad = torch.randn(w.shape, generator=g)
             opt.step()
         return weights
-    for ours, theirs in zip(train(Muon, dtype=dtype), train(torch.optim.Muon, adjust_lr_fn='match_rms_adamw')):
+    for ours, theirs in zip(train(Muon, dtype=dtype), train(torch.optim.Muon, adjust_lr_fn='match_rms_adamw', ns_steps=4)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)          # they move by .05; theirs is in bfloat16
 
 
