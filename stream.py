@@ -90,11 +90,11 @@ def load(path, device, data=''):
     return model, header, find_codec(header['data']['recipe'].get('wan', ''), str(device))
 
 
-def held_out(cfg, header, indices):
-    """Held-out clips as data.py makes them, as many of them as there are: (dict of tensors with leading dim n, captions)."""
+def held_out(cfg, header, indices, frames=1):
+    """Held-out clips as data.py makes them, as many of them as there are: (dict of tensors with leading dim n, captions). Of
+    lowpoly's only the first `frames` frames are rendered: the same paths, however long they go on."""
     recipe = header['data']['recipe']
-    if recipe['world'] == 'lowpoly' and 'wan' not in recipe:                  # the same paths, however long they go on
-        frames = max(recipe['frames'], cfg.frames if cfg.score else 0)
+    if recipe['world'] == 'lowpoly' and 'wan' not in recipe:
         return lowpoly_clips(DataConfig(**recipe | {'frames': frames}), 1, indices)
     if not cfg.data and recipe['world'] != 'doom':
         raise BadInput(f'{cfg.ckpt} was trained on clips of yours: name their folder, --data')
@@ -287,7 +287,7 @@ def seen_mask(depth, c2w, K):
 def score(model, cfg, header, codec, device, find_poses=True):
     """Walk held-out paths and compare with the truth: the numbers of one checkpoint, as a dict. Lists are by frame."""
     recipe = header['data']['recipe']
-    world, captions = held_out(cfg, header, range(min(cfg.paths, recipe['val_clips'])))
+    world, captions = held_out(cfg, header, range(min(cfg.paths, recipe['val_clips'])), max(recipe['frames'], cfg.frames))
     n, length = len(captions), min(cfg.frames or header['frames'], world['c2w'].shape[1])
     truth, c2w, K = world['frames'][:, :1 + (length - 1) * codec.stride].float() / 255, world['c2w'][:, :length], world['K']
     z = codec.encode(truth)

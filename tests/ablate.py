@@ -87,7 +87,7 @@ def with_poses(evaluate, frames):
         batch = data.get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device)
         dream = clips.codec().decode(sample_clip(model, batch.eps, batch.text, batch.camera,
                                                  schedule(cfg.sample_steps, model.cfg.shift), batch.x0[:, :1]))
-        world, _ = stream.held_out(stream.Config(), {'data': clips.manifest}, range(n))
+        world, _ = stream.held_out(stream.Config(), {'data': clips.manifest}, range(n), clips.manifest['recipe']['frames'])
         c2w, at = world['c2w'][:, frames], torch.tensor(frames)
 
         def errors(pictures):
