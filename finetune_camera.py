@@ -44,7 +44,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 1000
+    steps: int = 1800
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
@@ -57,7 +57,7 @@ class Config:
     clip: float = 1.0             # gradient norm
     ema: float = 0.995
     # objective
-    p_first: float = 0.9          # how often frame 0 is given (0: minWM's text-to-video)
+    p_first: float = 0.5          # how often frame 0 is given (0: minWM's text-to-video)
     bell: bool = False            # weigh the loss over t as minWM does
     drop_text: float = 0.1
     drop_camera: float = 0.1
@@ -70,7 +70,7 @@ class Config:
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
-    eval_every: int = 500         # steps between evaluations
+    eval_every: int = 900         # steps between evaluations
     sample_steps: int = 16        # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------

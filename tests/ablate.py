@@ -125,7 +125,7 @@ def one(out, seed, gamma=data.GAMMA, shift=None, poses=None, poses_of=None, **ch
             model.cfg = replace(model.cfg, shift=shift)
             return model
         finetune_camera.start_model = start_model
-    settings = dict(init=f'{ROOT}/out/base.safetensors', steps=400, p_first=.5) | changed
+    settings = dict(init=f'{ROOT}/out/base.safetensors', steps=400) | changed
     finetune_camera.main(finetune_camera.Config(data=folder, out=out, seed=seed, **settings), 'camera')
 
 
