@@ -346,7 +346,7 @@ def project(x, M):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Normalised in float32, cast back, then scaled, as in Wan; its backward pass by hand takes half of the passes of autograd's."""
+    """Normalised in float32, cast back, then scaled, as in Wan; the backward pass by hand touches the tensors less often than autograd's."""
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)

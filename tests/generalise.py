@@ -58,7 +58,7 @@ if __name__ == '__main__':
     _, axes = pyplot.subplots(1, 3, figsize=(9, 2.7))
     for axis, i in zip(axes, (1, 2, 5)):
         axis.semilogx([rows[n][0] for n in PLANS], [rows[n][i] for n in PLANS], marker='o', base=8)
-        axis.set_xlabel('training plans')
+        axis.set_xlabel('training plans met')
         axis.set_title(KEYS[i])
     pyplot.tight_layout()
     pyplot.savefig(f'{OUT}/plans.png', dpi=130)
