@@ -181,9 +181,8 @@ def walk_to_file(model, cfg, header, codec, device):
     path, keys = path[:, :len(keys) - tail], keys[:len(keys) - tail]
     if model.cfg.first > 1 and cfg.first != 'prompt':
         raise BadInput(f'{cfg.ckpt} makes its first {model.cfg.first} latents together, from the prompt: use --first prompt')
-    if cfg.first == 'prompt':
-        first = None
-    else:
+    first = None
+    if cfg.first != 'prompt':
         picture = world['frames'][:, 0] if cfg.first == 'world' else load_picture(cfg.first, H, W)
         first = codec.encode(picture[:, None]).to(device)
     noise = noise_for([cfg.seed], (model.cfg.in_dim, H // 8, W // 8), device)
@@ -299,6 +298,7 @@ def score(model, cfg, header, codec, device, find_poses=True):
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
     p = psnr(dream, truth)
     ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
+    known = lambda x: [None if math.isnan(v) else v for v in x.tolist()]
     out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(), psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
                psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
                psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
@@ -315,18 +315,18 @@ def score(model, cfg, header, codec, device, find_poses=True):
         error = (dream.clamp(0, 1) - truth).square().mean(-1)
         for name, mask in (('psnr_seen', seen), ('psnr_unseen', ~seen)):
             share = mask.float().mean((2, 3))
-            mse = (error * mask).mean((2, 3)) / share.clamp(min=1e-6)
-            value = (-10 * mse.clamp(min=1e-10).log10()).masked_fill(share < .05, torch.nan)
-            out[name] = [None if math.isnan(x) else x for x in value.nanmean(0).tolist()]
+            db = -10 * ((error * mask).mean((2, 3)) / share).clamp(min=1e-10).log10()
+            out[name] = known(db.masked_fill(share < .05, torch.nan).nanmean(0))
     if recipe['world'] == 'lowpoly' and codec.stride == 1 and find_poses and first is not None and length <= 17:   # further, the search is too wide
         def errors(v):                                       # (len(v), length - 1) each, degrees and metres
             views = zip(*lowpoly.seeds, v[:, 1:], torch.arange(1, length).expand(n, -1), c2w[:, 0], K)
             return pose_error(torch.stack([locate(Lowpoly([a], [b]), *x) for a, b, *x in views]), c2w[:len(v), 1:])
         rot, trans = errors(truth)
         lost = (rot > 2) | (trans > .15)                     # the true frame itself cannot be located: a bare wall
-        median = lambda x: [None] + x.masked_fill(lost[:len(x)], torch.nan).nanmedian(0)[0].tolist()
-        for name, v in (('', dream), ('_ceiling', ceiling[:16])):
-            out |= dict(zip((f'rot_err_deg{name}', f'trans_err_m{name}'), map(median, errors(v))))
+        median = lambda x, without: [None] + known(x.masked_fill(without[:len(x)], torch.nan).nanmedian(0)[0])
+        new, found = lost | (seen[:, 1:].float().mean((2, 3)) < .5), errors(dream)               # mostly what frame 0 did not see
+        for name, e, without in (('', found, lost), ('_seen', found, new), ('_ceiling', errors(ceiling[:16]), lost)):
+            out |= {f'rot_err_deg{name}': median(e[0], without), f'trans_err_m{name}': median(e[1], without)}
         out |= dict(n_dropped=int(lost.sum()), n_views=lost.numel())
     if cfg.score:
         write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6], dream[:6])

@@ -43,5 +43,5 @@ if __name__ == '__main__':
             s = score(model, Config(ckpt=path, steps=n), header, find_codec(), torch.device('cpu')) if find else {}
             mean, spread = np.mean(rows, 0), np.std(rows, 0)
             cells = [f'{m:.{d}f} ± {e:.{d}f}' for m, e, d in zip(mean, spread, (2, 2, 2, 2, 2, 2, 3, 2))]
-            poses = [f'{np.nanmean(s[k][1:]):.{d}f}' if find else '' for k, d in (('rot_err_deg', 1), ('trans_err_m', 2))]
+            poses = [f'{np.nanmean(np.array(s[k][1:], dtype=float)):.{d}f}' if find else '' for k, d in (('rot_err_deg', 1), ('trans_err_m', 2))]
             print('|', ' | '.join([path, str(n), *cells[:4], *poses, *cells[4:]]), '|', flush=True)

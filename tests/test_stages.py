@@ -221,7 +221,7 @@ def test_poses_instead_of_keys_walk_the_same(chain, tmp_path):
 def test_score_and_bench_write_every_key(chain, tmp_path):
     run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--score', tmp_path / 's.json', '--steps', 2)
     s = json.load(open(tmp_path / 's.json'))
-    for k in ('psnr psnr_se psnr_seen psnr_ceiling psnr_copy psnr_wrong_path rot_err_deg trans_err_m sharpness motion').split():
+    for k in ('psnr psnr_se psnr_seen psnr_ceiling psnr_copy psnr_wrong_path rot_err_deg rot_err_deg_seen trans_err_m sharpness motion').split():
         assert len(s[k]) == 5, k
     assert {'drift_db_per_frame', 'fd', 'fd_features', 'n_paths', 'n_dropped', 'steps', 'world', 'plans', 'ckpt', 'seed'} <= s.keys()
     assert s['n_paths'] == 4 and s['psnr'][0] == pytest.approx(s['psnr_ceiling'][0], abs=1e-3)
