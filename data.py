@@ -17,16 +17,14 @@ A shard holds, for n clips of F latent frames (one is one picture; with --wan ev
 
 World frame: OpenCV axes as in camera.py, the floor at y = 0, the camera 1 m above it.
 """
-import argparse
 import functools
 import html
 import json
 import math
 import os
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -34,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, minwm_poses, move, rays, relative, steps
-from model import embed_text, save_tensors
+from model import command_line, embed_text, save_tensors
 
 
 @dataclass
@@ -671,12 +670,25 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
         window, jump = [*range(a, a + frames)], cfg.sink and train and not whole and r.random() < .5
         window[0] = int(r.integers(len(z))) if jump else a                   # frame 0 from anywhere in the clip
-        rows.append((z[window].float(), c2w[window], K.expand(frames, 4), clips.captions[i], text, torch.from_numpy(eps),
-                     torch.from_numpy(u), torch.tensor(jump), *more))
-    z, c2w, K, captions, text, eps, u, jump, *more = zip(*rows)
-    to, c2w = lambda x: torch.stack(x).to(device), torch.stack(c2w)
-    camera = Camera(relative(c2w).to(device), to(K), step=steps(c2w, jump=torch.stack(jump)).to(device))
-    return Batch(to(z), camera, to(text), to(eps), to(u), captions, tuple(to(x) for x in more))
+        rows.append((z[window].float(), c2w[window], K.expand(frames, 4), text, torch.from_numpy(eps), torch.from_numpy(u),
+                     torch.tensor(jump), *more, clips.captions[i]))
+    *rows, captions = zip(*rows)
+    z, c2w, K, text, eps, u, jump, *more = map(torch.stack, rows)
+    return to_device(Batch(z, Camera(relative(c2w), K, step=steps(c2w, jump=jump)), text, eps, u, captions, tuple(more)), device)
+
+
+def to_device(x, device):
+    """x with the tensors in it, in its fields or items, moved."""
+    if is_dataclass(x):
+        return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+    return tuple(to_device(y, device) for y in x) if isinstance(x, tuple) else x.to(device) if torch.is_tensor(x) else x
+
+
+def batches(firsts, clips, count, frames, cfg, seed, device):
+    """get_batch(clips, first, count, ...) for each of `firsts`; for a GPU, which would wait, processes make them ahead."""
+    make = functools.partial(get_batch, clips, count=count, frames=frames, cfg=cfg, seed=seed)
+    for batch in DataLoader(firsts, batch_size=None, collate_fn=make, num_workers=4 * (device.type == 'cuda')):
+        yield to_device(batch, device)
 
 
 def noise_for(seeds, shape, device):
@@ -729,10 +741,4 @@ def write_strip(path, *videos, scale=2, most=17):
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        p.add_argument(f'--{f.name}', type=f.type, default=f.default, help=f'(default: {f.default})')
-    try:
-        make(Config(**vars(p.parse_args())))
-    except (BadInput, OSError) as e:
-        sys.exit(f'error: {e}')
+    command_line(make, Config, __doc__)

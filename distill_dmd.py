@@ -16,23 +16,22 @@ Out: out/dmd.safetensors, the best by score, and out/dmd.last.safetensors. Walk 
 Different from minWM: 1) both scores are told the true time; 2) masters in float32; 3) the data's frame 0 is given, carries
 no gradient and no loss; 4) gradients are averaged over processes by hand: DDP would not see the many calls of a rollout (FSDP does).
 """
-import argparse
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps, true_or_false
+from camera import BadInput, Camera, relative, steps
 from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
-from model import (DiT, add_noise, attention_path, chunk_ids, gate, learning_rate, load_model, load_resume, load_tensors,
-                   pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard, shift_time, teacher_forced,
+from model import (DiT, add_noise, attention_path, chunk_ids, command_line, gate, learning_rate, load_model, load_resume,
+                   load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard, shift_time, teacher_forced,
                    update_ema, v_to_x0, walk_clip, whole)
 
 
@@ -359,11 +358,4 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
-    for f in fields(Config):
-        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
-    cfg = Config(**vars(parser.parse_args()))
-    try:
-        main(cfg, 'dmd')
-    except (BadInput, OSError) as e:
-        sys.exit(f'error: {e}')
+    command_line(lambda cfg: main(cfg, 'dmd'), Config, __doc__)

@@ -16,22 +16,21 @@ on the noise of later frames, which a causal student cannot see: it learns their
 Different from minWM: 1) the clean history of the pairs is encoded once, not at each of the 48 steps; 2) one set of pairs
 serves 4, 2 and 1 steps; 3) times and dt in float32, masters in float32 (in bfloat16 dt is wrong by up to 64 %).
 """
-import argparse
 import json
 import os
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, true_or_false
-from data import Clips, get_batch, load_manifest, make, noise_for, psnr, write_strip
+from camera import BadInput, Camera
+from data import Clips, batches, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, gate, learning_rate, load_model,
+from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, command_line, gate, learning_rate, load_model,
                    load_resume, make_optimizers, pick_device, save_model, save_resume, save_tensors, schedule, shard,
                    sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, walk_clip, whole)
 
@@ -313,12 +312,13 @@ def main(cfg, stage):
             log.write(json.dumps(dict(step=step, **metrics)) + '\n')
         return state, metrics
     sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count
+    firsts = [s * cfg.batch + (rank * cfg.accum + i) * micro for s in range(start, cfg.steps) for i in range(cfg.accum)]
+    samples = batches(firsts, clips, micro, cfg.frames, model.cfg, cfg.seed, device)
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         for i in range(cfg.accum):
-            batch = get_batch(clips, step * cfg.batch + (rank * cfg.accum + i) * micro, micro, cfg.frames,
-                              model.cfg, cfg.seed, device)
+            batch = next(samples)
             sync_gradients(net, i == cfg.accum - 1)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, error, t = loss_fn(net, cfg, batch)
@@ -365,11 +365,4 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
-    for f in fields(Config):
-        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
-    cfg = Config(**vars(parser.parse_args()))
-    try:
-        main(cfg, cfg.method if cfg.teacher == 'causal' else 'ode-bidirectional')
-    except (BadInput, OSError) as e:
-        sys.exit(f'error: {e}')
+    command_line(lambda cfg: main(cfg, cfg.method if cfg.teacher == 'causal' else 'ode-bidirectional'), Config, __doc__)

@@ -14,22 +14,21 @@ embedding, not as PRoPE; 2) with probability p_first frame 0 is given clean, so 
 text-to-world; 3) text and camera are dropped at random, so both can be guided; 4) no weight over t; 5) Muon and an EMA;
 6) gradient accumulation is real.
 """
-import argparse
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, true_or_false
-from data import Clips, get_batch, make, psnr, write_strip
+from camera import BadInput, Camera
+from data import Clips, batches, get_batch, make, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, gate, learning_rate, load_model, load_resume,
-                   make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shard, shift_time,
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, command_line, gate, learning_rate, load_model,
+                   load_resume, make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shard, shift_time,
                    sync_gradients, update_ema, whole)
 
 
@@ -185,12 +184,13 @@ def main(cfg, stage):
             log.write(json.dumps(dict(step=step, **metrics)) + '\n')
         return state, metrics
     sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count
+    firsts = [s * cfg.batch + (rank * cfg.accum + i) * micro for s in range(start, cfg.steps) for i in range(cfg.accum)]
+    samples = batches(firsts, clips, micro, cfg.frames, model.cfg, cfg.seed, device)
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         for i in range(cfg.accum):
-            batch = get_batch(clips, step * cfg.batch + (rank * cfg.accum + i) * micro, micro, cfg.frames,
-                              model.cfg, cfg.seed, device)
+            batch = next(samples)
             sync_gradients(net, i == cfg.accum - 1)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, error, t = loss_fn(net, cfg, batch)
@@ -237,11 +237,4 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
-    for f in fields(Config):
-        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
-    cfg = Config(**vars(parser.parse_args()))
-    try:
-        main(cfg, 'base' if cfg.camera == 'none' else 'camera')
-    except (BadInput, OSError) as e:
-        sys.exit(f'error: {e}')
+    command_line(lambda cfg: main(cfg, 'base' if cfg.camera == 'none' else 'camera'), Config, __doc__)

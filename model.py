@@ -39,7 +39,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from camera import BadInput, Camera, invert, plucker, relative, steps
+from camera import BadInput, Camera, invert, plucker, relative, steps, true_or_false
 
 try:
     from flash_attn import flash_attn_func
@@ -236,7 +236,7 @@ def _flex(mask, Lq, Lk, device):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     m = torch.tensor(mask, device=device)
     block = create_block_mask(lambda b, h, i, j: m[i // Lq, j // Lk], None, None, m.shape[0] * Lq, m.shape[1] * Lk, device)
-    return functools.partial(torch.compile(flex_attention) if device.type == 'cuda' else flex_attention, block_mask=block)
+    return functools.partial(torch.compile(flex_attention, dynamic=False) if device.type == 'cuda' else flex_attention, block_mask=block)
 
 
 def flex_frame_attention(q, k, v, mask):
@@ -249,7 +249,7 @@ def flex_frame_attention(q, k, v, mask):
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames (or its `mask_rows`) or None for all."""
     if mask is not None and not all(map(all, mask_rows(mask))):
-        return flex_frame_attention(q, k, v, mask) if q.is_cuda else block_row_attention(q, k, v, mask)
+        return (flex_frame_attention if q.is_cuda and torch.is_grad_enabled() else block_row_attention)(q, k, v, mask)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return flash_attn_func(q, k, v)
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
@@ -937,6 +937,20 @@ def load_resume(path, model, ema, optimizers, config):
             state.setdefault(int(p), {})[k] = split_like(v.to(params[int(p)].device), params[int(p)]) if v.ndim else v
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
     return meta['step']
+
+# -----------------------------------------------------------------------------
+# the command line of every script
+
+def command_line(main, Config, doc):
+    """main(Config) with a flag for each field; @file reads flags from a file. Bad input is one sentence and exit code 1."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
+    for f in fields(Config):
+        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
+    cfg = Config(**vars(parser.parse_args()))
+    try:
+        main(cfg)
+    except (BadInput, OSError) as e:
+        sys.exit(f'error: {e}')
 
 # -----------------------------------------------------------------------------
 # gates: is this stage healthy?

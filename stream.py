@@ -13,7 +13,6 @@ Walk through a trained world, score it, time it.
     w s  forward, back        j l  look left, right        a key is 0.25 m or 10 degrees; "wl*8" holds w and l
     a d  left, right          i k  look up, down           for 8 frames; "*4" stands still for 4
 """
-import argparse
 import collections
 import glob
 import json
@@ -28,7 +27,7 @@ import tempfile
 import threading
 import time
 import webbrowser
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -38,11 +37,11 @@ from PIL import Image, ImageDraw
 from torch.utils.benchmark import Timer
 
 from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys,
-                    rays, relative, true_or_false)
+                    rays, relative)
 from data import (ARENA, Clips, Lowpoly, find_codec, frechet, free, load_manifest, load_poses, lowpoly_clips, make_plan, motion, noise_for,
                   psnr, sharpness, write_strip)
 from data import Config as DataConfig
-from model import flops, load_model, pick_device, rollout, schedule, walk_clip
+from model import command_line, flops, load_model, pick_device, rollout, schedule, walk_clip
 
 
 @dataclass
@@ -640,10 +639,4 @@ def main(cfg):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
-    try:
-        main(Config(**vars(parser.parse_args())))
-    except (BadInput, OSError) as e:
-        sys.exit(f'error: {e}')
+    command_line(main, Config, __doc__)

@@ -12,23 +12,22 @@ Different from minWM: 1) the mask is by frames and read row by row on a CPU, by 
 chunk is one frame, so the model starts from a picture; 3) text and camera are dropped at random; 4) no weight over t;
 5) the history is slightly noised, and with --drift the model's own; 6) Muon and an EMA; 7) gradient accumulation is real.
 """
-import argparse
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps, true_or_false
-from data import Clips, get_batch, make, noise_for, psnr, write_strip
+from camera import BadInput, Camera, relative, steps
+from data import Clips, batches, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, gate, learning_rate, load_model, load_resume,
-                   make_optimizers, pick_device, save_model, save_resume, schedule, shard, shift_time,
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, command_line, gate, learning_rate, load_model,
+                   load_resume, make_optimizers, pick_device, save_model, save_resume, schedule, shard, shift_time,
                    sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
@@ -234,12 +233,13 @@ def main(cfg, stage):
             log.write(json.dumps(dict(step=step, **metrics)) + '\n')
         return state, metrics
     sums, began = torch.zeros(9, device=device), time.time()   # of the loss; by noise level, of the error and the count
+    firsts = [s * cfg.batch + (rank * cfg.accum + i) * micro for s in range(start, cfg.steps) for i in range(cfg.accum)]
+    samples = batches(firsts, clips, micro, cfg.frames, model.cfg, cfg.seed, device)
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         for i in range(cfg.accum):
-            batch = get_batch(clips, step * cfg.batch + (rank * cfg.accum + i) * micro, micro, cfg.frames,
-                              model.cfg, cfg.seed, device)
+            batch = next(samples)
             sync_gradients(net, i == cfg.accum - 1)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, error, t = loss_fn(net, cfg, batch)
@@ -286,11 +286,4 @@ def main(cfg, stage):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars='@')
-    for f in fields(Config):
-        parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
-    cfg = Config(**vars(parser.parse_args()))
-    try:
-        main(cfg, 'ar')
-    except (BadInput, OSError) as e:
-        sys.exit(f'error: {e}')
+    command_line(lambda cfg: main(cfg, 'ar'), Config, __doc__)

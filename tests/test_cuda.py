@@ -1,0 +1,64 @@
+"""On a GPU: the same numbers as on a CPU. Skipped where there is none."""
+import dataclasses
+
+import pytest
+import torch
+
+from camera import Camera, keys_to_poses
+from data import Batch, noise_for
+from model import (PRESETS, DiT, attention, block_row_attention, embed_text, flex_frame_attention, chunk_ids, schedule,
+                   teacher_forcing_mask, walk_clip)
+from train_ar import Config, loss_fn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA here')
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_flex_attention_equals_block_rows(dtype, tolerance):
+    """Forward and backward, against float64 on the CPU, relative to the largest value."""
+    torch.manual_seed(0)
+    mask = teacher_forcing_mask(chunk_ids(9, 1))
+    q, k, v, g = torch.randn(4, 2, len(mask) * 64, 3, 64, dtype=torch.float64).to(dtype).double()
+    want = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    exact = [block_row_attention(*want, mask)]
+    exact += torch.autograd.grad(exact[0], want, g)
+    for path in (flex_frame_attention, block_row_attention, attention):
+        x = [a.detach().to('cuda', dtype).requires_grad_() for a in (q, k, v)]
+        got = [path(*x, mask)]
+        got += torch.autograd.grad(got[0], x, g.to('cuda', dtype))
+        for a, b in zip(got, exact):
+            assert (a.cpu().double() - b).abs().max() < tolerance * b.abs().max(), path.__name__
+
+
+def network():
+    torch.manual_seed(0)
+    model = DiT(dataclasses.replace(PRESETS['tiny'], sink=True))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=.1) if p.ndim > 1 else None
+    return model.eval()
+
+
+def test_a_training_loss_and_its_gradient_equal_the_cpus():
+    model, K = network(), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4)
+    c2w = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1)
+    noise, text = noise_for([0, 1], (16, 8, 8), 'cpu'), embed_text(['red walls', 'night sky'], 16, 64)
+    batch = Batch(noise(9), Camera(c2w, K), text, noise(9), torch.rand(2, 22), ('', ''))
+    results = []
+    for device in ('cpu', 'cuda'):
+        move = lambda x: x.to(device)
+        camera = Camera(move(c2w), move(K))
+        net = model.to(device)
+        net.zero_grad()
+        loss = loss_fn(net, Config(), Batch(move(batch.x0), camera, move(text), move(batch.eps), move(batch.u), ('', '')))[0]
+        loss.backward()
+        results.append((loss.item(), net.blocks[0].self_attn.q.weight.grad.cpu().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert (results[0][1] - results[1][1]).norm() < 1e-3 * results[0][1].norm()
+
+
+def test_a_walk_equals_the_cpus():
+    """Twenty frames: the window fills and is encoded anew twice."""
+    model, c2w, K = network(), keys_to_poses('w*9,wl*10')[None], torch.tensor([.5, .5, .5, .5]).expand(1, 20, 4)
+    walks = [walk_clip(model.to(d), c2w.to(d), K.to(d), embed_text(['red walls'], 16, 64).to(d), schedule(4, 4.),
+                       noise_for([0], (16, 8, 8), d), window=9).detach().cpu() for d in ('cpu', 'cuda')]
+    assert (walks[0] - walks[1]).abs().max() < 1e-3 * walks[0].abs().max()
