@@ -27,7 +27,7 @@ def test_the_plumbing_of_the_stages_is_the_same_word_for_word():
     stages = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py']
     for title, lines, scripts in (('setup', 15, stages + ['distill_dmd.py']), ('optimizer, resume, loop', 50, stages),
                                   ('evaluate, save the EMA, gate', 7, stages)):
-        texts = {re.split('    model = start_model|    try:', region(s, title))[0].rstrip() for s in scripts}
+        texts = {re.split('    model = start_model|    command_line', region(s, title))[0].rstrip() for s in scripts}
         assert len(texts) == 1 and len(texts.pop().splitlines()) > lines, title
 
 
