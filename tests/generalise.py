@@ -1,6 +1,6 @@
 """
 How many plans must a model see to walk through new ones? Stage 1 from scratch, equal steps, on 1 to 4096 plans, scored on the
-same 64 clips of plans that none of them saw; a table, and a plot where matplotlib is installed.
+same 32 clips of plans that none of them saw; a table, and a plot where matplotlib is installed.
 
     python tests/generalise.py
 
@@ -29,12 +29,12 @@ def one(plans):
         with open(f'{out}/score.json') as f:
             return json.load(f)
     if not os.path.exists(f'{clips}/manifest.json'):
-        data.make(data.Config(world='lowpoly', plans=plans, clips=max(1600, plans * 3 // 2), out=clips))
+        data.make(data.Config(world='lowpoly', plans=plans, clips=max(1600, plans // 2), out=clips))
     if not os.path.exists(f'{out}/ar.safetensors'):
         train_ar.main(train_ar.Config(init='none', data=clips, out=out, steps=1200), 'ar')
     model, header = load_model(f'{out}/ar.safetensors')
     header['data']['recipe']['plans'] = 500                                   # whose held-out plans are new to all of them
-    s = score(model.eval(), Config(steps=8), header, data.find_codec(), torch.device('cpu'))
+    s = score(model.eval(), Config(steps=8, paths=32), header, data.find_codec(), torch.device('cpu'))
     mean = lambda k: float(np.nanmean(np.array(s[k][1:], dtype=float)))
     read = data.Clips(clips)                                                  # a clip's plan is drawn: some are never met
     met = len({int(read.read(i, ['plan'])[0]) for i in range(len(read))})

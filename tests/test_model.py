@@ -196,14 +196,16 @@ def test_cache_refuses_to_overflow():
         cache.update(0, torch.zeros(1, 4, 2, 24), torch.zeros(1, 4, 2, 24))
 
 
-def test_gate_passes_and_fails_by_the_committed_thresholds():
-    with open(os.path.join(ROOT, 'expected', 'nano.json')) as f:
+@pytest.mark.parametrize('preset', ['nano', 'small'])
+def test_gate_passes_and_fails_by_the_committed_thresholds(preset):
+    with open(os.path.join(ROOT, 'expected', f'{preset}.json')) as f:
         expected = json.load(f)
-    for stage in ('base', 'camera', 'ar'):
-        assert expected[stage]['curve'] and expected[stage]['thresholds'] and expected[stage]['command']
-        assert gate(stage, 'nano', expected[stage]['metrics']).startswith('gate: PASS')
-        worse = {k: v + 10 if 'loss' in k else v - 10 for k, v in expected[stage]['metrics'].items()}
-        line = gate(stage, 'nano', worse)
+    assert expected.keys() >= {'base', 'camera', 'ar', 'ode', 'dmd'}
+    for stage, x in expected.items():
+        assert x['curve'] and x['thresholds'] and x['command']
+        assert gate(stage, preset, x['metrics']).startswith('gate: PASS')
+        worse = {k: v + 10 if 'loss' in k or k == 'fd' else v - 10 for k, v in x['metrics'].items()}
+        line = gate(stage, preset, worse)
         assert line.startswith('gate: FAIL') and '\n  ' in line
     assert 'none for preset' in gate('ar', 'wan-14b', {})
 
