@@ -686,8 +686,9 @@ def to_device(x, device):
 
 def batches(firsts, clips, count, frames, cfg, seed, device):
     """get_batch(clips, first, count, ...) for each of `firsts`; for a GPU, which would wait, processes make them ahead."""
-    make = functools.partial(get_batch, clips, count=count, frames=frames, cfg=cfg, seed=seed)
-    for batch in DataLoader(firsts, batch_size=None, collate_fn=make, num_workers=4 * (device.type == 'cuda')):
+    sample = functools.partial(get_batch, clips, count=count, frames=frames, cfg=cfg, seed=seed)
+    sample(0, count=1)                                        # bad input is told here, not by a process with its traceback
+    for batch in DataLoader(firsts, batch_size=None, collate_fn=sample, num_workers=4 * (device.type == 'cuda')):
         yield to_device(batch, device)
 
 

@@ -249,6 +249,7 @@ def flex_frame_attention(q, k, v, mask):
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames (or its `mask_rows`) or None for all."""
     if mask is not None and not all(map(all, mask_rows(mask))):
+        # flex compiles anew for every mask, and a walk's are all different
         return (flex_frame_attention if q.is_cuda and torch.is_grad_enabled() else block_row_attention)(q, k, v, mask)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return flash_attn_func(q, k, v)

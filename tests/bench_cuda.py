@@ -5,26 +5,25 @@ training step, of a stage-3 update and of a streamed chunk, beside what is compu
     python tests/bench_cuda.py
 """
 import dataclasses
+import itertools
 import time
 
 import torch
 
-from conftest import ROOT                                                     # noqa: F401 (finds the scripts)
+from h100 import CHUNK, GIB, F, H, W
 import distill_dmd
 import train_ar
 from camera import Camera
 from data import Batch
 from model import PRESETS, DiT, flops, forced_flops, rollout, schedule
 
-H, W, F, CHUNK, GIB, PEAK = 480, 832, 20, 4, 2 ** 30, 989e12
-L = H * W // 256
-DEVICE = torch.device('cuda')
+L, D, PEAK, DEVICE = H * W // 256, PRESETS['wan-1.3b'].dim, 989e12, torch.device('cuda')
 
 
-def network(layers, dtype=torch.float32, **more):
+def network(layers, dtype=torch.float32):
     torch.set_default_dtype(dtype)
     with DEVICE:
-        model = DiT(dataclasses.replace(PRESETS['wan-1.3b'], num_layers=layers, first=CHUNK, camera='prope', **more))
+        model = DiT(dataclasses.replace(PRESETS['wan-1.3b'], num_layers=layers, first=CHUNK, camera='prope'))
     torch.set_default_dtype(torch.float32)
     model.checkpoint = True
     return model
@@ -63,7 +62,7 @@ def forced():
         loss.backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
-    measure('teacher-forced step', 4 * forced_flops(model.cfg, F, L), 16 * P + 16 * F * L * 1536 * 30, step, P)
+    measure('teacher-forced step', 4 * forced_flops(model.cfg, F, L), 16 * P + 16 * F * L * D * 30, step, P)
 
 
 def dmd(layers=18):
@@ -72,19 +71,18 @@ def dmd(layers=18):
     c, P = nets['fake'].cfg, sum(p.numel() for p in nets['fake'].parameters())
     cfg, batch = distill_dmd.Config(frames=F, before=0, p_first=0.), clip()
     opts = {k: torch.optim.AdamW(nets[k].parameters(), lr=1e-6, betas=(0., .999)) for k in ('generator', 'fake')}
-    seed = [0]
+    updates = itertools.count()
 
     def step():
         for name, loss_of in (('generator', distill_dmd.generator_loss), ('fake', distill_dmd.critic_loss)):
-            seed[0] += 1
             with torch.autocast('cuda', torch.bfloat16):
-                loss = loss_of(nets, cfg, batch, [(0, seed[0], 0)])[0]
+                loss = loss_of(nets, cfg, batch, [(0, next(updates), 0)])[0]
             loss.backward()
             opts[name].step()
             opts[name].zero_grad(set_to_none=True)
     full, call = flops(c, F, L, F), sum(flops(c, CHUNK, L, CHUNK * (i + 1)) for i in range(F // CHUNK))
     measure(f'stage 3, one update of each, {layers} layers', 3.5 * call * 2 + 3 * call + 3 * full + 4 * full,
-            36 * P + 8 * F * L * 1536 * layers + 8 * layers * F * L * 1536, step, P)
+            36 * P + (8 + 8) * F * L * D * layers, step, P)
 
 
 @torch.inference_mode()
@@ -94,7 +92,7 @@ def stream(steps=4):
     camera = Camera(batch.camera.c2w[:, :CHUNK], batch.camera.K[:, :CHUNK])
     chunks = rollout(model, iter(lambda: camera, None), text, schedule(steps, 5.), lambda n: torch.randn(1, n, 16, H // 8, W // 8, device=DEVICE),
                      window=F, renoise=True)
-    cache = 8 * 30 * F * L * 1536
+    cache = 8 * 30 * F * L * D
     took = measure(f'a streamed chunk of {CHUNK} latents, {steps} steps, bf16', (steps + 1) * flops(model.cfg, CHUNK, L, F),
                    2 * P + cache, lambda: next(chunks), P, times=12)
     took = sorted(took[6:])                                                   # the window is full

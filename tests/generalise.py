@@ -29,7 +29,7 @@ def one(plans):
         with open(f'{out}/score.json') as f:
             return json.load(f)
     if not os.path.exists(f'{clips}/manifest.json'):
-        data.make(data.Config(world='lowpoly', plans=plans, clips=max(1600, plans // 2), out=clips))
+        data.make(data.Config(world='lowpoly', plans=plans, clips=max(1600, plans * 3 // 2), out=clips))
     if not os.path.exists(f'{out}/ar.safetensors'):
         train_ar.main(train_ar.Config(init='none', data=clips, out=out, steps=1200), 'ar')
     model, header = load_model(f'{out}/ar.safetensors')

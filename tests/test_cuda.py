@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from camera import Camera, keys_to_poses
-from data import Batch, noise_for
-from model import (PRESETS, DiT, attention, block_row_attention, embed_text, flex_frame_attention, chunk_ids, schedule,
+from data import Batch, noise_for, to_device
+from model import (PRESETS, DiT, attention, block_row_attention, chunk_ids, embed_text, flex_frame_attention, schedule,
                    teacher_forcing_mask, walk_clip)
 from train_ar import Config, loss_fn
 
@@ -34,7 +34,8 @@ def network():
     torch.manual_seed(0)
     model = DiT(dataclasses.replace(PRESETS['tiny'], sink=True))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=.1) if p.ndim > 1 else None
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=.1)
     return model.eval()
 
 
@@ -45,13 +46,10 @@ def test_a_training_loss_and_its_gradient_equal_the_cpus():
     batch = Batch(noise(9), Camera(c2w, K), text, noise(9), torch.rand(2, 22), ('', ''))
     results = []
     for device in ('cpu', 'cuda'):
-        move = lambda x: x.to(device)
-        camera = Camera(move(c2w), move(K))
-        net = model.to(device)
-        net.zero_grad()
-        loss = loss_fn(net, Config(), Batch(move(batch.x0), camera, move(text), move(batch.eps), move(batch.u), ('', '')))[0]
+        model.to(device).zero_grad()
+        loss = loss_fn(model, Config(), to_device(batch, device))[0]
         loss.backward()
-        results.append((loss.item(), net.blocks[0].self_attn.q.weight.grad.cpu().clone()))
+        results.append((loss.item(), model.blocks[0].self_attn.q.weight.grad.cpu()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert (results[0][1] - results[1][1]).norm() < 1e-3 * results[0][1].norm()
 
