@@ -21,6 +21,7 @@ import functools
 import html
 import json
 import math
+import multiprocessing
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -205,11 +206,12 @@ def lowpoly_clips(cfg, split, indices):
         plans.append(int(r.integers(cfg.plans)) + 10 ** 6 * split * (cfg.plans > 1) + 10 ** 7 * cfg.seed)
         palettes.append(int(r.integers(4 if cfg.plans == 1 else 10 ** 6)) + 10 ** 7 * cfg.seed)
         paths.append(walk(make_plan(plans[-1]), cfg.frames, r))
-    c2w, K = torch.stack(paths), intrinsics(FOV, cfg.width / cfg.height).expand(len(indices), 4)
-    frames = torch.cat([Lowpoly(plans[i:i + 1], palettes[i:i + 1]).render(                # one at a time fits the cache
-        c2w[i:i + 1], K[i].expand(1, cfg.frames, 4), cfg.height, cfg.width)[0] for i in range(len(indices))])
+    c2w, K = torch.stack(paths), intrinsics(FOV, cfg.width / cfg.height).expand(len(indices), cfg.frames, 4)
+    device, n = ('cuda', len(indices)) if torch.cuda.is_available() else ('cpu', 1)       # one at a time fits a CPU's cache
+    frames = torch.cat([(Lowpoly(plans[i:i + n], palettes[i:i + n], device).render(c2w[i:i + n].to(device), K[i:i + n].to(device), cfg.height,
+                         cfg.width)[0] * 255).round().byte().cpu() for i in range(0, len(indices), n)])
     ids = dict(plan=torch.tensor(plans), palette=torch.tensor(palettes))
-    return dict(frames=(frames * 255).round().byte(), c2w=c2w, K=K) | ids, [make_palette(p)[0] for p in palettes]
+    return dict(frames=frames, c2w=c2w, K=K[:, 0]) | ids, [make_palette(p)[0] for p in palettes]
 
 # -----------------------------------------------------------------------------
 # world "doom": frames and exact poses of a real game, by ViZDoom (its wheel carries the Freedoom assets)
@@ -564,7 +566,8 @@ def make(cfg):
     each = 8 if cfg.wan else 50
     jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + each)))) for split, name, n in
             ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, each)]
-    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count()) as pool:     # Wan's networks are large: one process
+    context = multiprocessing.get_context('spawn' if torch.cuda.is_initialized() else None)
+    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count(), context) as pool:      # Wan's networks are large: one process
         shards, sheets = zip(*tqdm((map if cfg.wan else pool.map)(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
         iio.imwrite(f'{tmp.name}/sheet.png', sheets[0])
         with open(f'{tmp.name}/manifest.json', 'w') as f:
@@ -688,7 +691,7 @@ def batches(firsts, clips, count, frames, cfg, seed, device):
     """get_batch(clips, first, count, ...) for each of `firsts`; for a GPU, which would wait, processes make them ahead."""
     sample = functools.partial(get_batch, clips, count=count, frames=frames, cfg=cfg, seed=seed)
     sample(0, count=1)                                        # bad input is told here, not by a process with its traceback
-    for batch in DataLoader(firsts, batch_size=None, collate_fn=sample, num_workers=4 * (device.type == 'cuda')):
+    for batch in DataLoader(firsts, batch_size=None, collate_fn=sample, num_workers=6 * (device.type == 'cuda')):
         yield to_device(batch, device)
 
 

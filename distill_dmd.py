@@ -275,7 +275,7 @@ def main(cfg, stage):
         for name, net in nets.items():
             shard(net, cfg.shard, cfg.offload and name == 'real')
     model, both = nets['generator'], torch.nn.ModuleDict({k: nets[k] for k in ('generator', 'fake')})
-    optimizers = [torch.optim.AdamW(nets[k].parameters(), lr=lr, betas=(0., .999), weight_decay=.01)
+    optimizers = [torch.optim.AdamW(nets[k].parameters(), lr=lr, betas=(0., .999), weight_decay=.01, fused=True)
                   for k, lr in (('generator', cfg.lr), ('fake', cfg.critic_lr))]
     config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'offload', 'checkpoint', 'log_every', 'save_every')}
     ema = {k: v.clone() for k, v in model.state_dict().items()}

@@ -66,6 +66,7 @@ class Config:
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights
     checkpoint: bool = False      # keep one activation a block and compute the others again
+    compile: bool = False         # torch.compile the blocks: a minute or two to start with; needs a C++ compiler
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
@@ -156,9 +157,9 @@ def main(cfg, stage):
 
     # -------------------------------------------------------------------------
     # same in every stage: optimizer, resume, loop
-    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'log_every', 'save_every', 'eval_every')}
+    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'checkpoint', 'compile', 'log_every', 'save_every', 'eval_every')}
     model.checkpoint = cfg.checkpoint
-    net = shard(model, cfg.shard)
+    net = shard(model, cfg.shard, compiled=cfg.compile)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), dtype)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'

@@ -36,6 +36,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -231,24 +232,26 @@ def block_row_attention(q, k, v, mask):
 
 
 @functools.lru_cache(maxsize=16)
-def _flex(mask, Lq, Lk, device):
-    """flex_attention with the block mask of a frame mask (a tuple of tuples, so that it can be cached)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex_mask(mask, Lq, Lk, device):
+    """A frame mask (a tuple of tuples, so that it can be cached) in flex_attention's own form."""
     m = torch.tensor(mask, device=device)
-    block = create_block_mask(lambda b, h, i, j: m[i // Lq, j // Lk], None, None, m.shape[0] * Lq, m.shape[1] * Lk, device)
-    return functools.partial(torch.compile(flex_attention, dynamic=False) if device.type == 'cuda' else flex_attention, block_mask=block)
+    return create_block_mask(lambda b, h, i, j: m[i // Lq, j // Lk], None, None, m.shape[0] * Lq, m.shape[1] * Lk, device)
+
+
+_flex = functools.cache(lambda kind: torch.compile(flex_attention, dynamic=False) if kind == 'cuda' else flex_attention)
 
 
 def flex_frame_attention(q, k, v, mask):
-    """The same by flex_attention, which skips the masked blocks on a GPU."""
-    mask = mask_rows(mask)
-    flex = _flex(mask, q.shape[1] // len(mask), k.shape[1] // len(mask[0]), q.device)
-    return flex(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    """The same by flex_attention, which skips the masked blocks on a GPU; mask may be a `flex_mask`."""
+    if not isinstance(mask, BlockMask):
+        mask = mask_rows(mask)
+        mask = flex_mask(mask, q.shape[1] // len(mask), k.shape[1] // len(mask[0]), q.device)
+    return _flex(q.device.type)(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames (or its `mask_rows`) or None for all."""
-    if mask is not None and not all(map(all, mask_rows(mask))):
+    """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh); mask (Fq, Fk) bool over frames (or its `mask_rows` or `flex_mask`) or None for all."""
+    if isinstance(mask, BlockMask) or mask is not None and not all(map(all, mask_rows(mask))):
         # flex compiles anew for every mask, and a walk's are all different
         return (flex_frame_attention if q.is_cuda and torch.is_grad_enabled() else block_row_attention)(q, k, v, mask)
     if flash_attn_func and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
@@ -531,7 +534,10 @@ class DiT(nn.Module):
             cache = copy.copy(cache)                                         # as it is now, for when the blocks compute again
         for i, block in enumerate(self.blocks):
             ask = last if i + 1 == len(self.blocks) else None                # the last block leaves out what only others would see
-            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), mask and mask[-(ask or 0):], cache, i, ask
+            rows = mask and mask[-(ask or 0):]
+            if rows and x.is_cuda and torch.is_grad_enabled() and not all(map(all, rows)):
+                rows = flex_mask(rows, h * w, h * w, x.device)               # here, not in the blocks, which may be compiled
+            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), rows, cache, i, ask
             keep = not self.checkpoint or not torch.is_grad_enabled()
             x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
@@ -730,15 +736,17 @@ def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):
     rest = [p for n, p in model.named_parameters() if not (muon and n.startswith('blocks') and p.ndim == 2)]
     if any(hasattr(p, 'full_tensor') for p in hidden):
         raise BadInput('--shard fsdp: Muon needs whole matrices: add --muon False')
-    opts = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay)]
+    opts = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)]
     return opts + ([Muon(hidden, lr, weight_decay, dtype)] if muon else [])
 
 
-def shard(model, how, offload=False):
+def shard(model, how, offload=False, compiled=False):
     """The model as this process trains it: as it is when alone; under DDP; or (fsdp) with weights, gradients and optimizer state
-    split over all processes, block by block (FSDP2); with offload they wait in the processor's memory."""
+    split over all processes, block by block (FSDP2); with offload they wait in the processor's memory. compiled: by torch.compile."""
     if how not in ('ddp', 'fsdp'):
         raise BadInput(f'--shard {how}: choose ddp or fsdp')
+    for block in model.blocks if compiled else ():
+        block.compile()
     if not dist.is_initialized():
         return model
     if how == 'ddp':

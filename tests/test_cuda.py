@@ -6,7 +6,7 @@ import torch
 
 from camera import Camera, keys_to_poses
 from data import Batch, noise_for, to_device
-from model import (PRESETS, DiT, attention, block_row_attention, chunk_ids, embed_text, flex_frame_attention, schedule,
+from model import (PRESETS, DiT, attention, block_row_attention, chunk_ids, embed_text, flex_frame_attention, schedule, shard,
                    teacher_forcing_mask, walk_clip)
 from train_ar import Config, loss_fn
 
@@ -52,6 +52,23 @@ def test_a_training_loss_and_its_gradient_equal_the_cpus():
         results.append((loss.item(), model.blocks[0].self_attn.q.weight.grad.cpu()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert (results[0][1] - results[1][1]).norm() < 1e-3 * results[0][1].norm()
+
+
+def test_compiled_blocks_give_the_same_loss_and_gradient():
+    model, K = network().cuda(), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4)
+    c2w, noise = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1), noise_for([0, 1], (16, 8, 8), 'cpu')
+    batch = to_device(Batch(noise(9), Camera(c2w, K), embed_text(['red walls', 'night sky'], 16, 64), noise(9), torch.rand(2, 22), ('', '')), 'cuda')
+    results = []
+    for compiled in (False, True):
+        net = shard(model, 'ddp', compiled=compiled)
+        net.zero_grad()
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = loss_fn(net, Config(), batch)[0]
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in net.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-2)
+    for a, b in zip(results[0][1], results[1][1]):
+        assert (a - b).norm() < 3e-2 * a.norm() + 1e-6
 
 
 def test_a_walk_equals_the_cpus():
