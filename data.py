@@ -691,7 +691,7 @@ def batches(firsts, clips, count, frames, cfg, seed, device):
     """get_batch(clips, first, count, ...) for each of `firsts`; for a GPU, which would wait, processes make them ahead."""
     sample = functools.partial(get_batch, clips, count=count, frames=frames, cfg=cfg, seed=seed)
     sample(0, count=1)                                        # bad input is told here, not by a process with its traceback
-    for batch in DataLoader(firsts, batch_size=None, collate_fn=sample, num_workers=6 * (device.type == 'cuda')):
+    for batch in DataLoader(firsts, batch_size=None, collate_fn=sample, num_workers=4 * (device.type == 'cuda')):
         yield to_device(batch, device)
 
 

@@ -191,13 +191,13 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
 
     def generate(c2w):
         noise = noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device)
-        return decode(walk_clip(model, c2w, K, batch.text, schedule(cfg.student_steps, model.cfg.shift), noise, batch.x0[:, :1],
+        return decode(walk_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, schedule(cfg.student_steps, model.cfg.shift), noise, batch.x0[:, :1],
                                 window=cfg.frames, renoise=True, context=cfg.context))
-    walk, last = generate(c2w), min(7, truth.shape[1] - 1)
+    last, near = min(7, truth.shape[1] - 1), cfg.frames if cfg.frames > 7 else truth.shape[1]
+    walk, wrong, right = generate(c2w), generate(c2w.roll(-1, 0)[:, :near]), truth[:, :near]
     metrics = numbers(walk, truth)
-    metrics[f'gap@{last}'] = metrics[f'psnr@{last}'] - psnr(generate(c2w.roll(-1, 0)), truth).mean(0)[last].item()
-    if before:
-        metrics[f'psnr@{truth.shape[1] - 1}'] = psnr(walk, truth).mean(0)[-1].item()
+    metrics |= {f'gap@{last}': metrics[f'psnr@{last}'] - psnr(wrong, right).mean(0)[last].item(),
+                f'psnr@{truth.shape[1] - 1}': psnr(walk, truth).mean(0)[-1].item()}
     if strip:
         write_strip(strip, truth[:6], walk[:6], most=cfg.frames)
     return metrics
@@ -230,10 +230,9 @@ def step_on(loss_of, net, opt, cfg, world):
         out.append([loss.detach(), *more])
     params = [p for p in net.parameters() if p.grad is not None]
     if world > 1 and cfg.shard == 'ddp':
-        flat = torch.cat([p.grad.flatten() for p in params]) / world
-        dist.all_reduce(flat)
-        for p, g in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(g.view_as(p))
+        for p in params:
+            dist.all_reduce(p.grad)
+            p.grad /= world
     norm = whole(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
     opt.step()
     opt.zero_grad(set_to_none=True)
@@ -354,6 +353,7 @@ def main(cfg, stage):
         print(f'{path}.safetensors, step {header["step"]}:', ', '.join(f'{k} {v:.3f}' for k, v in header['metrics'].items()))
         print(gate(stage, cfg.preset, header['metrics']))
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -534,10 +534,10 @@ class DiT(nn.Module):
             cache = copy.copy(cache)                                         # as it is now, for when the blocks compute again
         for i, block in enumerate(self.blocks):
             ask = last if i + 1 == len(self.blocks) else None                # the last block leaves out what only others would see
-            rows = mask and mask[-(ask or 0):]
-            if rows and x.is_cuda and torch.is_grad_enabled() and not all(map(all, rows)):
-                rows = flex_mask(rows, h * w, h * w, x.device)               # here, not in the blocks, which may be compiled
-            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), rows, cache, i, ask
+            seen = mask and mask[-(ask or 0):]
+            if seen and x.is_cuda and torch.is_grad_enabled() and not all(map(all, seen)):
+                seen = flex_mask(seen, h * w, h * w, x.device)               # here, not in the blocks, which may be compiled
+            args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), seen, cache, i, ask
             keep = not self.checkpoint or not torch.is_grad_enabled()
             x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):

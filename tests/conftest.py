@@ -1,3 +1,4 @@
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -30,6 +31,7 @@ def _script(script, args, cwd, env, log):
     os.environ.update(env)
     for fd, end in ((1, 'out'), (2, 'err')):
         os.dup2(os.open(f'{log}.{end}', os.O_WRONLY | os.O_CREAT), fd)
+    faulthandler.enable(2)                                    # where, if the process is aborted
     torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     sys.argv = [os.path.join(ROOT, script), *map(str, args)]
     sys.path[:0] = [ROOT, *env.get('PYTHONPATH', '').split(os.pathsep)]
@@ -55,11 +57,12 @@ def finish(ps, logs, ok=True):
     """Wait for what was started; returns its output. With ok=False it must fail with one clear sentence."""
     for p in ps:
         p.join()
-    out, err = (''.join(open(f'{logs.name}/{r}.{end}').read() for r in range(len(ps))) for end in ('out', 'err'))
+    out, errs = ([open(f'{logs.name}/{r}.{end}').read() for r in range(len(ps))] for end in ('out', 'err'))
     if ok:
-        assert not any(p.exitcode for p in ps), err[-3000:]
-        return out
+        assert not any(p.exitcode for p in ps), '\n\n'.join(f'{p.name}, exit code {p.exitcode}:\n{e[-2000:]}' for p, e in zip(ps, errs))
+        return ''.join(out)
     assert ps[0].exitcode == 1
+    err = ''.join(errs)
     last = [line for line in err.splitlines() if line.strip()][-1]
     assert last.startswith('error: ') and 'Traceback' not in err, err[-3000:]
     return last

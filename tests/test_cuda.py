@@ -39,12 +39,13 @@ def network():
     return model.eval()
 
 
+def a_batch():
+    c2w, K, noise = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4), noise_for([0, 1], (16, 8, 8), 'cpu')
+    return Batch(noise(9), Camera(c2w, K), embed_text(['red walls', 'night sky'], 16, 64), noise(9), torch.rand(2, 22), ('', ''))
+
+
 def test_a_training_loss_and_its_gradient_equal_the_cpus():
-    model, K = network(), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4)
-    c2w = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1)
-    noise, text = noise_for([0, 1], (16, 8, 8), 'cpu'), embed_text(['red walls', 'night sky'], 16, 64)
-    batch = Batch(noise(9), Camera(c2w, K), text, noise(9), torch.rand(2, 22), ('', ''))
-    results = []
+    model, batch, results = network(), a_batch(), []
     for device in ('cpu', 'cuda'):
         model.to(device).zero_grad()
         loss = loss_fn(model, Config(), to_device(batch, device))[0]
@@ -55,10 +56,7 @@ def test_a_training_loss_and_its_gradient_equal_the_cpus():
 
 
 def test_compiled_blocks_give_the_same_loss_and_gradient():
-    model, K = network().cuda(), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4)
-    c2w, noise = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1), noise_for([0, 1], (16, 8, 8), 'cpu')
-    batch = to_device(Batch(noise(9), Camera(c2w, K), embed_text(['red walls', 'night sky'], 16, 64), noise(9), torch.rand(2, 22), ('', '')), 'cuda')
-    results = []
+    model, batch, results = network().cuda(), to_device(a_batch(), 'cuda'), []
     for compiled in (False, True):
         net = shard(model, 'ddp', compiled=compiled)
         net.zero_grad()
