@@ -47,7 +47,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log, strip and pairs
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 400
+    steps: int = 300
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
@@ -63,7 +63,7 @@ class Config:
     student_steps: int = 4        # the student's longest schedule; 2 and 1 steps use a part of it
     teacher_steps: int = 48       # Euler steps of the teacher from noise to frame
     guidance: float = 1.0         # of the teacher, over a dropped prompt (1: none)
-    pairs: int = 512              # clips of the ode method
+    pairs: int = 256              # clips of the ode method
     pair_batch: int = 32          # as many of them are integrated at once
     # run
     seed: int = 0
@@ -75,7 +75,7 @@ class Config:
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
-    eval_every: int = 200         # steps between evaluations
+    eval_every: int = 300         # steps between evaluations
 
 # -----------------------------------------------------------------------------
 # the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)
