@@ -193,10 +193,10 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
         noise = noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device)
         return decode(walk_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, schedule(cfg.student_steps, model.cfg.shift), noise, batch.x0[:, :1],
                                 window=cfg.frames, renoise=True, context=cfg.context))
-    last, near = min(7, truth.shape[1] - 1), cfg.frames if cfg.frames > 7 else truth.shape[1]
-    walk, wrong, right = generate(c2w), generate(c2w.roll(-1, 0)[:, :near]), truth[:, :near]
+    last, near = min(7, truth.shape[1] - 1), cfg.frames if cfg.frames > 7 else c2w.shape[1]
+    walk, wrong = generate(c2w), generate(c2w.roll(-1, 0)[:, :near])
     metrics = numbers(walk, truth)
-    metrics |= {f'gap@{last}': metrics[f'psnr@{last}'] - psnr(wrong, right).mean(0)[last].item(),
+    metrics |= {f'gap@{last}': metrics[f'psnr@{last}'] - psnr(wrong, truth[:, :wrong.shape[1]]).mean(0)[last].item(),
                 f'psnr@{truth.shape[1] - 1}': psnr(walk, truth).mean(0)[-1].item()}
     if strip:
         write_strip(strip, truth[:6], walk[:6], most=cfg.frames)
