@@ -194,7 +194,7 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
         return decode(walk_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, schedule(cfg.student_steps, model.cfg.shift), noise, batch.x0[:, :1],
                                 window=cfg.frames, renoise=True, context=cfg.context))
     last, near = min(7, truth.shape[1] - 1), cfg.frames if cfg.frames > 7 else c2w.shape[1]
-    walk, wrong = generate(c2w), generate(c2w.roll(-1, 0)[:, :near])
+    walk, wrong = generate(c2w), generate(c2w.roll(-1, 0)[:, :near])              # near: in whole chunks, as far as it is scored
     metrics = numbers(walk, truth)
     metrics |= {f'gap@{last}': metrics[f'psnr@{last}'] - psnr(wrong, truth[:, :wrong.shape[1]]).mean(0)[last].item(),
                 f'psnr@{truth.shape[1] - 1}': psnr(walk, truth).mean(0)[-1].item()}

@@ -75,7 +75,7 @@ class Config:
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
-    eval_every: int = 300         # steps between evaluations
+    eval_every: int = 300         # steps between evaluations; one is at the end anyway
 
 # -----------------------------------------------------------------------------
 # the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)

@@ -71,7 +71,7 @@ class Config:
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
-    eval_every: int = 2000        # steps between evaluations
+    eval_every: int = 2000        # steps between evaluations; one is at the end anyway
     sample_steps: int = 8         # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def network():
 
 
 def a_batch():
-    c2w, K, noise = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4), noise_for([0, 1], (16, 8, 8), 'cpu')
+    c2w, K = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4)
+    noise = noise_for([0, 1], (16, 8, 8), 'cpu')
     return Batch(noise(9), Camera(c2w, K), embed_text(['red walls', 'night sky'], 16, 64), noise(9), torch.rand(2, 22), ('', ''))
 
 
