@@ -515,8 +515,7 @@ class Wan:
 def pad_text(text, cfg):
     """Embedded captions (..., tokens, text_dim) -> (..., text_len, text_dim) float32."""
     if text.shape[-1] != cfg.text_dim:
-        raise BadInput(f'the captions are embedded as {text.shape[-1]} numbers a word, the model reads {cfg.text_dim}: its clips must be made by '
-                       'the text encoder it was trained with')
+        raise BadInput(f'captions of {text.shape[-1]} numbers a word, where the model reads {cfg.text_dim}: make its clips with its own text encoder')
     return F.pad(text[..., :cfg.text_len, :].float(), (0, 0, 0, max(0, cfg.text_len - text.shape[-2])))
 
 
@@ -559,8 +558,7 @@ def make(cfg):
         return out
     try:
         os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-        tmp = tempfile.TemporaryDirectory(prefix=os.path.basename(out) + '.tmp', dir=os.path.dirname(out) or '.',
-                                          ignore_cleanup_errors=True)        # gone again whatever happens
+        tmp = tempfile.TemporaryDirectory(prefix=os.path.basename(out) + '.tmp', dir=os.path.dirname(out) or '.', ignore_cleanup_errors=True)
     except OSError as e:
         raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
     each = 8 if cfg.wan else 50

@@ -32,7 +32,7 @@ from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharp
 from data import Config as DataConfig
 from model import (DiT, add_noise, attention_path, chunk_ids, command_line, gate, learning_rate, load_model, load_resume,
                    load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard, shift_time, teacher_forced,
-                   update_ema, v_to_x0, walk_clip, whole)
+                   update_ema, v_to_x0, walk_clip, whole, without)
 
 
 @dataclass
@@ -131,8 +131,7 @@ def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera')
     factor the gradient in x of KL(rollouts || data). Guidance, over a dropped camera or prompt, is the real score's alone."""
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
-        off = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        null = real(x_t, t, batch.text, replace(batch.camera, on=off)) if over == 'camera' else real(x_t, t, torch.zeros_like(batch.text), batch.camera)
+        null = real(x_t, t, *without(over, batch.text, batch.camera))
         v = null + guidance * (v - null)
     real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
     return (fake_x0 - real_x0) / (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)
@@ -216,8 +215,8 @@ def start_nets(cfg, device, say):
     nets = {'generator': find(cfg.init, 'generator'), 'real': find(cfg.score, 'real score'), 'fake': find(cfg.score, 'fake score')}
     nets['real'].requires_grad_(False)
     chunk_ids(cfg.frames, nets['generator'].cfg.chunk, nets['generator'].cfg.first)                 # raises if it does not divide
-    if cfg.rollout not in ('self', 'teacher') or cfg.over not in ('camera', 'text'):
-        raise BadInput(f'--rollout {cfg.rollout} --over {cfg.over}: choose self or teacher, camera or text')
+    if cfg.rollout not in ('self', 'teacher'):
+        raise BadInput(f'--rollout {cfg.rollout}: choose self or teacher')
     return nets
 
 

@@ -32,7 +32,7 @@ from data import Clips, batches, get_batch, load_manifest, make, noise_for, psnr
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, command_line, gate, learning_rate, load_model,
                    load_resume, make_optimizers, pick_device, save_model, save_resume, save_tensors, schedule, shard,
-                   sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, walk_clip, whole)
+                   sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, walk_clip, whole, without)
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Config:
     # objective
     student_steps: int = 4        # the student's longest schedule; 2 and 1 steps use a part of it
     teacher_steps: int = 48       # Euler steps of the teacher from noise to frame
-    guidance: float = 1.0         # of the teacher, over a dropped prompt (1: none)
+    guidance: float = 1.0         # of the teacher (1: none)
+    over: str = 'camera'          # what guidance drops: camera | text
     pairs: int = 256              # clips of the ode method
     pair_batch: int = 32          # as many of them are integrated at once
     # run
@@ -81,16 +82,17 @@ class Config:
 # the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)
 
 @torch.no_grad()
-def ode_states(model, batch, times, keep, causal=True, guidance=1.0):
+def ode_states(model, batch, times, keep, causal=True, guidance=1.0, over='camera'):
     """Integrate the teacher's ODE by Euler steps through `times`: the states at the steps `keep` and the end point,
     (B, len(keep) + 1, F, C, H, W). Noise to frame is then a function of what a causal student sees: its own noise and
-    the true history. With causal=False the bidirectional teacher runs on the whole clip, frame 0 given. guidance: over a
-    dropped prompt, whose branch shares the batch."""
+    the true history. With causal=False the bidirectional teacher runs on the whole clip, frame 0 given. guidance: its
+    branch without camera or prompt (`over`) shares the batch."""
     B, F, _, H, W = batch.x0.shape
     x, states, text, camera = batch.eps.clone(), [], batch.text, batch.camera
     twice = (lambda y: torch.cat([y, y])) if guidance != 1 else (lambda y: y)
     if guidance != 1:
-        text, camera = torch.cat([text, torch.zeros_like(text)]), Camera.cat([camera, camera], 0)
+        no_text, no_camera = without(over, text, camera)
+        text, camera = torch.cat([text, no_text]), Camera.cat([camera, no_camera], 0)
     if causal:                                   # all chunks in parallel: the clean half is encoded once, into a cache
         ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
         cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, x.device)
@@ -147,7 +149,8 @@ def cd_loss(net, cfg, batch, teacher, averaged):
         # 2) the frozen teacher goes one Euler step from t to t'
         v = teacher_forced(teacher, net.cfg, batch, x_t, t)
         if cfg.guidance != 1:
-            null = teacher_forced(teacher, net.cfg, replace(batch, text=torch.zeros_like(batch.text)), x_t, t)
+            text, camera = without(cfg.over, batch.text, batch.camera)
+            null = teacher_forced(teacher, net.cfg, replace(batch, text=text, camera=camera), x_t, t)
             v = null + cfg.guidance * (v - null)
         x_next = x_t + (t_next - t)[..., None, None, None] * v
         # 3) the student's EMA jumps from there: the target. At t' = 0 it is x' itself, the boundary condition
@@ -163,7 +166,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     """Integrate cfg.pairs clips, cfg.pair_batch at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
-    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'pairs', 'pair_batch', 'seed')}
+    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'seed')}
     with open(path, 'rb') as f:
         recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
@@ -181,7 +184,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
             batch = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
-                                    range(0, cfg.teacher_steps, every), cfg.teacher == 'causal', cfg.guidance)
+                                    range(0, cfg.teacher_steps, every), cfg.teacher == 'causal', cfg.guidance, cfg.over)
             tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), states=states.half())
             if clips.embedded:
                 tensors['text'] = batch.text[:, :(batch.text != 0).any(2).sum(1).max()].bfloat16()
@@ -217,7 +220,7 @@ def evaluate(model, cfg, clips, device, strip=None):
     half = device.type == 'cuda' and pick_device(cfg.device, cfg.dtype)[1] != torch.float32      # a Wan clip's cache is large
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         states = ode_states(load_model(cfg.init, device)[0], part, schedule(cfg.teacher_steps, model.cfg.shift),
-                            range(0, cfg.teacher_steps, cfg.teacher_steps // cfg.student_steps), guidance=cfg.guidance)
+                            range(0, cfg.teacher_steps, cfg.teacher_steps // cfg.student_steps), guidance=cfg.guidance, over=cfg.over)
     for s, t in enumerate(schedule(cfg.student_steps, model.cfg.shift)[:-1].tolist()):
         t = torch.full(part.x0.shape[:2], t, device=device)
         jump = v_to_x0(states[:, s], teacher_forced(model, model.cfg, part, states[:, s], t), t)

@@ -25,7 +25,7 @@ import pickle
 import re
 import sys
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -97,8 +97,7 @@ def add_noise(x0, eps, t):
 
 
 def bell_weight(t):
-    """minWM's weight of the loss at times t (its "bsmntw"): a bell about 1/2, 0 at t = 1, mean 1 over the training times of
-    shift 5."""
+    """minWM's weight of the loss at times t (its "bsmntw"): a bell about 1/2, 0 at t = 1, of mean 1 over shift 5's times."""
     bell = lambda t: torch.exp(-2 * (t - .5) ** 2) - math.exp(-.5)
     return bell(t) / bell(schedule(1000, 5.0)[:-1]).mean().item()
 
@@ -367,9 +366,8 @@ class RMSNormFunction(torch.autograd.Function):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if not torch.is_grad_enabled() and x.dtype == torch.float32:
-            return super().forward(x)
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+        fused = not torch.is_grad_enabled() and x.dtype == torch.float32
+        return super().forward(x) if fused else RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -558,6 +556,14 @@ def sample_clip(model, noise, text, camera, times, first=None):
     return x
 
 
+def without(over, text, camera):
+    """(text, Camera) of guidance's null branch: the same frames without 'camera', or with an empty prompt ('text')."""
+    if over not in ('camera', 'text'):
+        raise BadInput(f'--over {over}: choose camera or text')
+    off = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    return (text, replace(camera, on=off)) if over == 'camera' else (torch.zeros_like(text), camera)
+
+
 def teacher_forced(net, cfg, batch, x_t, t, history=None, t_history=None):
     """v (B, F, C, H, W) of x_t at times t (B, F), each chunk upon what came before it, by default the batch's clean frames, in
     one pass over [history | noisy]: same positions, same cameras. The last chunk is nobody's history and stays out."""
@@ -572,7 +578,7 @@ def teacher_forced(net, cfg, batch, x_t, t, history=None, t_history=None):
 # walking: the only chunk-by-chunk loop
 
 def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window=64, renoise=False, exit_step=None,
-            first_times=None, context=0.0):
+            first_times=None, context=0.0, over='camera'):
     """Generate a video chunk by chunk with a KV cache: yields clean chunks (B, n, C, H, W) for ever.
 
     cameras    iterator of Camera, one per chunk (its frame count is the chunk's); poses in any world frame. It is
@@ -582,7 +588,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                gives it 4 steps even where the others have 1)
     noise      function n -> (B, n, C, H, W) that draws noise for n frames
     first      latents (B, n, C, H, W) of the first chunk, given at t = 0; else it is generated
-    guidance   s in v = v_null + s (v_cond - v_null); the null branch has the empty prompt and shares the batch
+    guidance   s in v = v_null + s (v_cond - v_null); the null branch, without camera or prompt (`over`), shares the batch
     window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
                origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale.
                With cfg.sink the walk's first frame stays instead of the oldest of these, and is the origin.
@@ -598,19 +604,16 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     B = len(text)
     twice = (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
     if guidance != 1:
-        text = torch.cat([text, torch.zeros_like(text)])
+        text = torch.cat([text, text * (over == 'camera')])
     history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
 
     def place(camera, before):                              # as the network sees it, from here and now
         jump = torch.ones(B, dtype=torch.bool) if m.sink and before is None else None
         camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before, jump))
-        return Camera.cat([camera, camera], 0) if guidance != 1 else camera
+        return Camera.cat([camera, without(over, text[:B], camera)[1]], 0) if guidance != 1 else camera
 
-    def times_of(x, t):
-        return torch.full((len(text), x.shape[1]), t, device=x.device)
-
-    def final(x, level):                                    # as the cache is to know it, and its times
-        return x if level == 0 else (1 - level) * x + level * noise(x.shape[1]), times_of(x, level)
+    times_of = lambda x, t: torch.full((len(text), x.shape[1]), t, device=x.device)
+    final = lambda x, level: (x if level == 0 else (1 - level) * x + level * noise(x.shape[1]), times_of(x, level))     # for the cache
 
     def call(x, t, camera, grad=False, mask=None):
         nonlocal late
@@ -705,7 +708,10 @@ def pick_device(device='auto', dtype='auto', local_rank=0):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), its step scaled to AdamW's RMS (Moonlight) so that one learning rate serves both. As
-    torch.optim.Muon with ns_steps=4 (5, the usual, trained no better), but in any dtype: torch's is always in bfloat16."""
+    torch.optim.Muon, but in any dtype (torch's is always in bfloat16), and in three Newton-Schulz steps for its five: each
+    the best on what the one before leaves of [.01, 1] (Polar Express, Amsel et al. 2025), from the 4-norm of all singular values."""
+    STEPS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
     def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, dtype=dtype))
 
@@ -720,10 +726,11 @@ class Muon(torch.optim.Optimizer):
                 grads, momentum = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
                 torch._foreach_lerp_(momentum, grads, .05)
                 X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in torch._foreach_lerp(grads, momentum, .95)]).to(group['dtype'])
-                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(4):                             # Newton-Schulz: singular values to about 1
-                    A = X @ X.mT
-                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+                A = X @ X.mT
+                X = X / (size := A.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).sqrt()
+                for i, (a, b, c) in enumerate(self.STEPS):     # singular values to about 1
+                    A = X @ X.mT if i else A / size
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
                 for p, x in zip(params, X):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
                     p.add_(x.mT if p.shape[0] > p.shape[1] else x, alpha=-group['lr'] * .2 * max(p.shape) ** .5)
@@ -807,8 +814,7 @@ def load_tensors(path):
     except FileNotFoundError:
         raise BadInput(f'{path}: no such file; train it first or name another checkpoint') from None
     except (SafetensorError, OSError, ValueError) as e:
-        raise BadInput(f'{path}: not a readable safetensors checkpoint ({e}); it may be truncated or a pickle, '
-                       'which is never loaded: make it again') from None
+        raise BadInput(f'{path}: not a readable safetensors checkpoint ({e}); it may be truncated, or a pickle: make it again') from None
 
 
 def save_model(path, state, cfg, **meta):
@@ -829,7 +835,7 @@ def open_weights(path):
     """({Wan's parameter name: a function that reads that tensor}, header) of any of these, told apart by their content:
     our checkpoints; Wan2.1's folder or diffusers' (config.json and safetensors, one or many); a .pt of minWM, Self-Forcing or
     Causal-Forcing, the EMA if it has one. Only tensors are read, by memory map; a pickle with code in it is refused."""
-    header, file, files = {}, path, [path]
+    header, tensors, file, files = {}, {}, path, [path]
     try:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         if os.path.isdir(path):
@@ -842,7 +848,6 @@ def open_weights(path):
         if not path.endswith('.safetensors') and os.path.exists(f'{folder}/config.json'):
             with open(f'{folder}/config.json') as f:
                 header['config'] = json.load(f)
-        tensors = {}
         for file in files:
             if file.endswith(('.pt', '.pth', '.bin')):
                 state = torch.load(file, 'cpu', mmap=True, weights_only=True)
@@ -857,8 +862,7 @@ def open_weights(path):
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, EOFError, TypeError, AttributeError, pickle.UnpicklingError) as e:
         raise BadInput(f'{file}: not a readable checkpoint ({str(e).splitlines()[0]}); it may be truncated or a pickle with code '
                        'in it, which is never loaded: make it again') from None
-    name = lambda k: functools.reduce(lambda k, rule: re.sub(*rule, k), RENAMED, k)
-    return {name(k): read for k, read in tensors.items()}, header
+    return {functools.reduce(lambda k, rule: re.sub(*rule, k), RENAMED, k): read for k, read in tensors.items()}, header
 
 
 def find_config(path, tensors, header):
@@ -1011,8 +1015,7 @@ def forced_flops(cfg, F, L):
 def main(a):
     """What a checkpoint (or a preset) is and what it takes: memory and arithmetic, computed. --out writes it in another layout."""
     with torch.device('meta'):
-        model = DiT(PRESETS[a.ckpt]) if a.ckpt in PRESETS else None
-    header = {'stage': 'none', 'step': 0}
+        model, header = DiT(PRESETS[a.ckpt]) if a.ckpt in PRESETS else None, {'stage': 'none', 'step': 0}
     if model is None:
         model, header = load_model(a.ckpt)
     c, P = model.cfg, sum(p.numel() for p in model.parameters())

@@ -59,6 +59,7 @@ class Config:
     # sampling
     steps: int = 0                # steps a chunk; 0: 8 of Euler, or 4 for a distilled model
     guidance: float = 1.0         # 1: none
+    over: str = 'camera'          # what guidance drops: camera | text
     window: int = 0               # frames the cache holds; 0: as trained
     context: float = -1.0         # noise level of the walk's own history; -1: as distilled
     riflex: bool = False          # for a window longer than trained (not live)
@@ -123,7 +124,7 @@ DISTILLED = 'ode', 'ode-bidirectional', 'cd', 'dmd'
 
 def sampler(cfg, header, shift):
     """How `rollout` samples this checkpoint: Euler steps, or, after distillation, a few jumps with fresh noise between."""
-    return dict(times=schedule(cfg.steps, shift), first_times=schedule(max(4, cfg.steps), shift), guidance=cfg.guidance,
+    return dict(times=schedule(cfg.steps, shift), first_times=schedule(max(4, cfg.steps), shift), guidance=cfg.guidance, over=cfg.over,
                 renoise=header['stage'] in DISTILLED or header['stage'] == 'wan' and cfg.steps <= 4, window=cfg.window or header['frames'],
                 context=cfg.context if cfg.context >= 0 else header.get('context', 0.0))
 
@@ -147,8 +148,7 @@ def draw(picture, keys, scale):
                     continue
                 x, y = left + c * size, image.height - (5 - 2 * r) * size // 2
                 held = key in keys
-                pen.rounded_rectangle((x, y, x + size - 3, y + size - 3), size // 5,
-                                      (255, 255, 255, 230) if held else (0, 0, 0, 90))
+                pen.rounded_rectangle((x, y, x + size - 3, y + size - 3), size // 5, (255, 255, 255, 230) if held else (0, 0, 0, 90))
                 pen.text((x + size / 2 - 1, y + size / 2 - 1), key.upper(), (0, 0, 0, 255) if held else (255, 255, 255, 160),
                          anchor='mm', font_size=int(size * .6))
     return np.array(image)
@@ -161,10 +161,8 @@ def write_video(path, pictures, fps):
         raise BadInput(f'--out {path}: end it in .mp4 or .gif')
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     tmp = f'{path}.tmp{os.getpid()}{end}'
-    if end == '.gif':
-        iio.imwrite(tmp, pictures, duration=1000 / fps, loop=0)
-    else:
-        iio.imwrite(tmp, pictures, fps=fps, codec='libx264', macro_block_size=2, output_params=['-crf', '18'])
+    mp4 = dict(fps=fps, codec='libx264', macro_block_size=2, output_params=['-crf', '18'])
+    iio.imwrite(tmp, pictures, **(dict(duration=1000 / fps, loop=0) if end == '.gif' else mp4))
     os.replace(tmp, path)
 
 
@@ -329,7 +327,7 @@ def score(model, cfg, header, codec, device, find_poses=True):
         out |= dict(n_dropped=int(lost.sum()), n_views=lost.numel())
     if cfg.score:
         write_strip(os.path.splitext(cfg.score)[0] + '.png', truth[:6], dream[:6])
-    return out | dict(n_paths=n, steps=cfg.steps, guidance=cfg.guidance, world=recipe['world'], plans=recipe['plans'],
+    return out | dict(n_paths=n, steps=cfg.steps, guidance=cfg.guidance, over=cfg.over, world=recipe['world'], plans=recipe['plans'],
                       ckpt=cfg.ckpt, seed=cfg.seed)
 
 # -----------------------------------------------------------------------------
@@ -452,10 +450,8 @@ class Live:
                 self.publish(pictures.tobytes(), n=len(pictures), h=H, w=pictures.shape[2], frame=frame - 1, stamp=new[0][2],
                              metres=self.metres, steps=cfg.steps, ckpt=asked['ckpt'], clip=asked['clip'], prompt=asked['prompt'] or captions[0])
                 del path[:-1]
-            if codec.stride == 1:
-                z = z[:, -m.first:]
-            else:                                           # Wan's latents stand for four pictures, but a walk's first for one
-                z = codec.encode(torch.from_numpy(pictures[None, -1:])) if m.first == 1 else None
+            # Wan's latents stand for four pictures, but a walk's first for one
+            z = z[:, -m.first:] if codec.stride == 1 else codec.encode(torch.from_numpy(pictures[None, -1:])) if m.first == 1 else None
 
     def hear(self, message):
         """What the page says. Anything that is not of these forms raises ValueError."""

@@ -32,6 +32,7 @@ def _script(script, args, cwd, env, log):
     for fd, end in ((1, 'out'), (2, 'err')):
         os.dup2(os.open(f'{log}.{end}', os.O_WRONLY | os.O_CREAT), fd)
     faulthandler.enable(2)                                    # where, if the process is aborted
+    faulthandler.dump_traceback_later(300, exit=True, file=2) # or hangs
     torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     sys.argv = [os.path.join(ROOT, script), *map(str, args)]
     sys.path[:0] = [ROOT, *env.get('PYTHONPATH', '').split(os.pathsep)]

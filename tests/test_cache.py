@@ -7,14 +7,15 @@ from model import chunk_ids, rollout, schedule, teacher_forcing_mask
 from test_model import tiny_model
 
 
-def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None, **kw):
-    """Roll out `frames` frames, camera and text on; record every network call in `calls` as (x, t, cache.end, v)."""
+def walk(model, frames, H, W, first=None, window=64, guidance=1.0, calls=None, off=None, **kw):
+    """Roll out `frames` frames, camera and text on but for `off`; record every network call in `calls` as (x, t, cache.end, v)."""
     g = torch.Generator().manual_seed(1)
     c2w = keys_to_poses('w*2,wl*3,di*2,j*30')[:frames].expand(2, -1, 4, 4)
     K = intrinsics(90, W / H).expand(2, frames, 4)
     sizes = torch.bincount(chunk_ids(frames, model.cfg.chunk, model.cfg.first)).tolist()
-    cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
-    text = torch.randn(2, 4, 8, generator=g)
+    on = torch.full((2,), off != 'camera')
+    cameras = (Camera(a, b, on) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
+    text = torch.randn(2, 4, 8, generator=g) * (off != 'text')
     noise = lambda n: torch.randn(2, n, 16, H, W, generator=g)
     def record(m, args, kw_, v):                               # a chunk that goes along with the next is a call of its own
         (x, t), end = args[:2], kw_['cache'].end
@@ -141,15 +142,17 @@ def test_generated_history_is_noised_and_says_so():
     assert abs(eps.mean()) < .06 and abs(eps.std() - 1) < .06
 
 
-def test_guidance_is_the_standard_combination():
+@pytest.mark.parametrize('over', ['camera', 'text'])
+def test_guidance_is_the_standard_combination(over):
     model, calls = tiny_model(), []
     first = torch.randn(2, 1, 16, 4, 4)
-    one, null = walk(model, 2, 4, 4, first)[0], walk(model, 2, 4, 4, first, guidance=0.0)[0]
-    three = walk(model, 2, 4, 4, first, guidance=3.0, calls=calls)[0]
+    one, null = walk(model, 2, 4, 4, first)[0], walk(model, 2, 4, 4, first, guidance=0.0, over=over)[0]
+    three = walk(model, 2, 4, 4, first, guidance=3.0, calls=calls, over=over)[0]
     x, t, _, v = calls[1]                                     # the first denoising call, both branches in one batch
     assert x.shape[0] == 4 and torch.equal(x[:2], x[2:])
     torch.testing.assert_close(calls[2][0][:2], x[:2] + (schedule(3, 2.0)[1] - 1) * (v[2:] + 3 * (v[:2] - v[2:])))
     assert not torch.allclose(one, null, atol=1e-3) and not torch.allclose(one, three, atol=1e-3)
+    torch.testing.assert_close(null, walk(model, 2, 4, 4, first, off=over)[0], rtol=0, atol=1e-5)
 
 
 def test_cameras_are_asked_for_only_when_due():

@@ -62,12 +62,14 @@ def test_what_is_nobodys_history_is_not_missed(chunk, frames):
 # ------------------------------------------------------------------------------------------------ stage 2
 
 @pytest.mark.parametrize('causal', [True, False])
-def test_guidance_of_the_teacher_is_over_the_prompt(causal):
+@pytest.mark.parametrize('over', ['camera', 'text'])
+def test_guidance_of_the_teacher(over, causal):
     net, data = tiny_model(), batch()
-    one = lambda text, s=1.0: distill_ode.ode_states(net, dataclasses.replace(data, text=text), schedule(1, 3.0), [0], causal, s)[:, -1]
-    cond, null = one(data.text), one(torch.zeros_like(data.text))
+    off = dict(text=torch.zeros_like(data.text)) if over == 'text' else dict(camera=dataclasses.replace(data.camera, on=torch.zeros(B, dtype=torch.bool)))
+    one = lambda data, s=1.0: distill_ode.ode_states(net, data, schedule(1, 3.0), [0], causal, s, over)[:, -1]
+    cond, null = one(data), one(dataclasses.replace(data, **off))
     assert (cond - null).abs().max() > 1e-3
-    torch.testing.assert_close(one(data.text, 3.0), null + 3 * (cond - null), rtol=0, atol=1e-4)
+    torch.testing.assert_close(one(data, 3.0), null + 3 * (cond - null), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('causal', [True, False])
