@@ -43,7 +43,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames of a training clip
-    steps: int = 1400
+    steps: int = 1200
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches a step, on each process
     # optimizer
@@ -70,7 +70,7 @@ class Config:
     log_every: int = 50           # steps between log lines
     save_every: int = 200         # steps between resume checkpoints
     eval_clips: int = 64          # held-out clips of the evaluation, all at once
-    eval_every: int = 1400        # steps between evaluations; one is at the end anyway
+    eval_every: int = 1200        # steps between evaluations; one is at the end anyway
     sample_steps: int = 16        # Euler steps of the evaluation
 
 # -----------------------------------------------------------------------------

@@ -352,7 +352,7 @@ class RMSNormFunction(torch.autograd.Function):
     """Normalised in float32, cast back, then scaled, as in Wan; the backward pass by hand touches the tensors less often than autograd's."""
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1] + eps)
         y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale, weight)
         return y * weight.to(x.dtype)
@@ -360,14 +360,14 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         y, scale, weight = ctx.saved_tensors
-        gy = g * weight.to(g.dtype)
-        return (gy - y * (gy * y).mean(-1, keepdim=True)) * scale.to(g.dtype), (g * y).sum((0, 1)).to(weight.dtype), None
+        w, gy = weight.to(g.dtype), g * y
+        dx = torch.addcmul(g * w, y, (gy @ w / len(w))[..., None], value=-1).mul_(scale.to(g.dtype))
+        return dx, gy.sum((0, 1)).to(weight.dtype), None
 
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        fused = not torch.is_grad_enabled() and x.dtype == torch.float32
-        return super().forward(x) if fused else RMSNormFunction.apply(x, self.weight, self.eps)
+        return RMSNormFunction.apply(x, self.weight, self.eps) if torch.is_grad_enabled() or x.dtype != torch.float32 else super().forward(x)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 import model as model_py
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from conftest import ROOT
-from model import (PRESETS, DiT, KVCache, ModelConfig, Muon, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
+from model import (PRESETS, DiT, KVCache, ModelConfig, Muon, RMSNorm, add_noise, attention, block_row_attention, causal_mask, chunk_ids,
                    flex_frame_attention, gate, learning_rate, load_model, make_optimizers, mask_rows, rotary_table,
                    rotate, sample_clip, save_model, schedule, shift_time, teacher_forcing_mask, update_ema, v_to_x0)
 
@@ -161,6 +161,19 @@ def test_checkpoints_round_trip_and_reject_what_they_are_not(tmp_path):
     save_model(path, model.state_dict(), dataclasses.replace(model.cfg, dim=96))
     with pytest.raises(BadInput, match='do not fit its config'):
         load_model(path)
+
+
+@pytest.mark.parametrize('dtype, near', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_rms_norm_by_hand_is_autograds(dtype, near):
+    g = torch.Generator().manual_seed(0)
+    x, up, norm = torch.randn(2, 5, 48, generator=g), torch.randn(2, 5, 48, generator=g), RMSNorm(48, 1e-6)
+    norm.weight.data = torch.randn(48, generator=g)
+    grads = []
+    for f, x in ((norm, x.to(dtype).requires_grad_()), (lambda x: torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6), x.clone().requires_grad_())):
+        y = f(x)
+        grads.append((y, *torch.autograd.grad(y, (x, norm.weight), up.to(y.dtype))))
+    for ours, theirs in zip(*grads):
+        assert (ours.float() - theirs).norm() < near * theirs.norm()
 
 
 def test_ema_optimizers_and_learning_rate():
