@@ -45,7 +45,7 @@ class Config:
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
     frames: int = 9               # frames that the scores see
-    steps: int = 40               # generator updates
+    steps: int = 60               # generator updates
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches an update, on each process
     critic: int = 4               # updates of the fake score for one of the generator

@@ -169,7 +169,8 @@ def test_rms_norm_by_hand_is_autograds(dtype, near):
     x, up, norm = torch.randn(2, 5, 48, generator=g), torch.randn(2, 5, 48, generator=g), RMSNorm(48, 1e-6)
     norm.weight.data = torch.randn(48, generator=g)
     grads = []
-    for f, x in ((norm, x.to(dtype).requires_grad_()), (lambda x: torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6), x.clone().requires_grad_())):
+    theirs = lambda x: torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6)
+    for f, x in ((norm, x.to(dtype).requires_grad_()), (theirs, x.clone().requires_grad_())):
         y = f(x)
         grads.append((y, *torch.autograd.grad(y, (x, norm.weight), up.to(y.dtype))))
     for ours, theirs in zip(*grads):

@@ -236,7 +236,7 @@ def test_score_and_bench_write_every_key(chain, tmp_path):
     (['--keys', 'w*3,x*2'], 'group 2'), (['--ckpt', 'nowhere.safetensors'], 'no such file'), (['--steps', -1], 'at least 1'),
     (['--first', 'nowhere.png'], 'not a readable picture'), (['--out', 'walk.avi'], 'end it in .mp4 or .gif'),
     (['--poses', __file__], 'not a list of 4x4'), (['--window', 1], 'too small'), (['--device', 'abacus'], 'choose auto'),
-    (['--out', '/proc/nowhere/walk.mp4'], '/proc/nowhere')])
+    (['--out', '/proc/nowhere/walk.mp4'], '/proc/nowhere'), (['--guidance', 2, '--over', 'keys'], 'choose camera or text')])
 def test_stream_says_what_is_wrong(args, words, chain):
     assert words in run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--steps', 1, *args, ok=False)
 
