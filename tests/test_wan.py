@@ -79,7 +79,7 @@ def test_text_ends_in_zeros_and_does_not_see_its_padding(codec):
     torch.testing.assert_close(codec.embed(['a room'])[0], short[:3], rtol=0, atol=.05)              # bfloat16
     cfg = ModelConfig(text_dim=DIM, text_len=4)
     assert codec.embed(['a grey room walk a'], cfg).shape == (1, 4, DIM)
-    with pytest.raises(BadInput, match='embedded as 8 numbers'):
+    with pytest.raises(BadInput, match='captions of 8 numbers'):
         codec.embed(['a'], ModelConfig(text_dim=4096, text_len=512))
 
 
