@@ -22,7 +22,7 @@ test)
     shift
     python -m pytest -q tests "$@" ;;
 recipe)
-    # glibc: keep freed memory; to give it back and fault it in again takes a sixth of the rendering, a twentieth of a training step
+    # glibc: keep freed memory, rather than give it back and fault it in again: up to a twentieth of a training step
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
     PLANS=${PLANS:-500} OUT=${OUT:-out} DATA=data/lowpoly-$PLANS
     start=$SECONDS
