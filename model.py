@@ -711,7 +711,6 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon, but in any dtype (torch's is always in bfloat16), and in three Newton-Schulz steps for its five: each
     the best on what the one before leaves of [.01, 1] (Polar Express, Amsel et al. 2025), from the 4-norm of all singular values."""
     STEPS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
-
     def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, dtype=dtype))
 
@@ -726,10 +725,11 @@ class Muon(torch.optim.Optimizer):
                 grads, momentum = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
                 torch._foreach_lerp_(momentum, grads, .05)
                 X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in torch._foreach_lerp(grads, momentum, .95)]).to(group['dtype'])
-                A = X @ X.mT
-                X = X / (size := A.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).sqrt()
+                A = X @ X.mT                                   # its norm, a little large: rounding must not lead beyond 1
+                size = A.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-30) * (1 + 4 * torch.finfo(A.dtype).eps)
+                X = (X / size.sqrt()).to(A.dtype)
                 for i, (a, b, c) in enumerate(self.STEPS):     # singular values to about 1
-                    A = X @ X.mT if i else A / size
+                    A = X @ X.mT if i else (A / size).to(A.dtype)
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
                 for p, x in zip(params, X):
                     p.mul_(1 - group['lr'] * group['weight_decay'])

@@ -169,8 +169,8 @@ def test_rms_norm_by_hand_is_autograds(dtype, near):
     x, up, norm = torch.randn(2, 5, 48, generator=g), torch.randn(2, 5, 48, generator=g), RMSNorm(48, 1e-6)
     norm.weight.data = torch.randn(48, generator=g)
     grads = []
-    theirs = lambda x: torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6)
-    for f, x in ((norm, x.to(dtype).requires_grad_()), (theirs, x.clone().requires_grad_())):
+    exact = lambda x: torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-6)
+    for f, x in ((norm, x.to(dtype).requires_grad_()), (exact, x.clone().requires_grad_())):
         y = f(x)
         grads.append((y, *torch.autograd.grad(y, (x, norm.weight), up.to(y.dtype))))
     for ours, theirs in zip(*grads):
@@ -207,6 +207,18 @@ def test_muon_against_singular_values(dtype, near):
         opt.step()
     for ours, theirs in zip(weights, want):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=near)                # they move by .05
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('rank', [1, 2, 24])
+def test_muon_bounds_its_step_whatever_the_rank(rank, dtype):
+    """The first polynomial is steep at 1, where the one singular value of rank 1 lies: rounding must not lead beyond."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        w = torch.nn.Parameter(torch.zeros(48, 64))
+        w.grad = 1e-3 * torch.randn(48, rank, generator=g) @ torch.randn(rank, 64, generator=g)
+        Muon([w], 1.0, 0.0, dtype).step()
+        assert torch.linalg.svdvals(w.detach().double()).max() < 1.5 * .2 * 64 ** .5
 
 
 def test_cache_refuses_to_overflow():
