@@ -50,7 +50,7 @@ class Config:
     accum: int = 1                # micro-batches an update, on each process
     critic: int = 4               # updates of the fake score for one of the generator
     # optimizer
-    lr: float = 1e-4
+    lr: float = 7e-5
     critic_lr: float = 1e-3
     warmup: int = 10              # steps
     decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0
@@ -68,7 +68,7 @@ class Config:
     # run
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
-    dtype: str = 'auto'           # compute: auto | float32 | bfloat16
+    dtype: str = 'auto'           # compute: auto (on a CPU float32) | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights of all three networks
     offload: bool = False         # fsdp: the frozen real score waits in the processor's memory
     checkpoint: bool = False      # keep one activation a block and compute the others again
@@ -185,8 +185,7 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
     decode, c2w, K = clips.codec(device).decode, batch.camera.c2w[:, path], batch.camera.K[:, path]
     truth = decode(batch.x0[:, path])
     if bidirectional:
-        walk = decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1]))
-        return numbers(walk, truth)
+        return numbers(decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1])), truth)
 
     def generate(c2w):
         noise = noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device)
@@ -260,6 +259,8 @@ def main(cfg, stage):
 
     # -------------------------------------------------------------------------
     # networks, optimizers, resume
+    if cfg.dtype == 'auto' and device.type == 'cpu':
+        dtype = torch.float32                  # a walk's calls are small: autocast's casts take longer than bfloat16 saves
     nets = start_nets(cfg, device, say)
     nets['generator'].checkpoint = nets['fake'].checkpoint = cfg.checkpoint
     path, best = f'{cfg.out}/{stage}', float('inf')
