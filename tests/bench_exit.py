@@ -44,7 +44,7 @@ if __name__ == '__main__':
         if which == 'all':
             distill_dmd.walk = walk_through_all
         began = time.time()
-        distill_dmd.main(distill_dmd.Config(init=f'{start}/ode.safetensors', score=f'{start}/camera.safetensors', data=data, before=0, context=0.0, steps=40,
+        distill_dmd.main(distill_dmd.Config(init=f'{start}/ode.safetensors', score=f'{start}/camera.safetensors', data=data, before=0, context=0.0, steps=40, lr=1e-4,
                                             out=f'{start}/exit-{which}'), 'dmd')
         m = load_tensors(f'{start}/exit-{which}/dmd.last.safetensors')[1]['metrics']
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
