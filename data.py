@@ -107,42 +107,41 @@ class Lowpoly:
     def shade(self, o, d):
         """Colour (B, R, 3), distance (B, R) and surface (B, R), a number that jumps at edges, of the rays o + s d,
         d of unit length, (B, R, 3) each. Each object is one pass that keeps the nearest hit so far."""
+        o, d = (x.movedim(-1, 0).contiguous() for x in (o, d))      # (3, B, R): one coordinate of all rays lies together
         d = torch.where(d.abs() < 1e-6, 1e-6, d)
         inv = 1 / d
-        far = torch.full_like(d[..., 0], 1e4)
         # the floor, a checkerboard of 1 m
-        s = -o[..., 1] * inv[..., 1]
-        check = ((o[..., 0] + s * d[..., 0]).floor() + (o[..., 2] + s * d[..., 2]).floor()) % 2
-        best, which, tone = torch.where(s > 0, s, far), torch.ones_like(far), .85 + .15 * check
+        s = -o[1] * inv[1]
+        check = ((o[0] + s * d[0]).floor() + (o[2] + s * d[2]).floor()) % 2
+        best, which, tone = torch.where(s > 0, s, 1e4), torch.ones_like(s), .85 + .15 * check
         # the arena's four walls, seen from inside, each in a tone of its own; above them the sky
-        side = (torch.sign(d[..., ::2]) * ARENA - o[..., ::2]) * inv[..., ::2]
-        s, axis = side.min(-1)
-        east = torch.where(axis == 0, d[..., 0], d[..., 2]) > 0
+        x, z = ((torch.sign(d[i]) * ARENA - o[i]) * inv[i] for i in (0, 2))
+        s, along_z = torch.minimum(x, z), z < x
         closer = s < best
-        best, which = torch.where(closer, s, best), torch.where(closer, 2. + axis, which)
-        tone = torch.where(closer, torch.where(east, 1., .75) - .1 * axis, tone)
-        sky = closer & (o[..., 1] + s * d[..., 1] < -WALL)
-        best, which, tone = torch.where(sky, far, best), which.masked_fill(sky, 0), tone.masked_fill(sky, 1)
+        best, which = torch.where(closer, s, best), torch.where(closer, 2. + along_z, which)
+        tone = torch.where(closer, torch.where(torch.where(along_z, d[2], d[0]) > 0, 1., .75) - .1 * along_z, tone)
+        sky = closer & (o[1] + s * d[1] < -WALL)
+        best, which, tone = best.masked_fill(sky, 1e4), which.masked_fill(sky, 0), tone.masked_fill(sky, 1)
         for i in range(self.boxes.shape[1]):                 # slab method
-            low, high = ((self.boxes[:, i, j, None] - o) * inv for j in (0, 1))
-            near, axis = torch.minimum(low, high).max(-1)
-            hit = (near < torch.maximum(low, high).amin(-1)) & (near > 0) & (near < best)
+            low, high = ((self.boxes[:, i, j].T[..., None] - o) * inv for j in (0, 1))
+            x, y, z = torch.minimum(low, high)
+            near = torch.maximum(torch.maximum(x, y), z)
+            hit = (near < torch.maximum(low, high).amin(0)) & (near > 0) & (near < best)
             best, which = torch.where(hit, near, best), which.masked_fill(hit, 4 + i % 2)
-            tone = torch.where(hit, torch.tensor([.80, 1.0, .62], device=d.device)[axis], tone)
-        sun = d.new_tensor([.4, -.8, -.45])
+            tone = torch.where(hit, torch.where(near == y, 1., torch.where(near == x, .80, .62)), tone)
+        sun, colours = d.new_tensor([.4, -.8, -.45])[:, None, None], self.colours.movedim(-1, 0)     # (3, 1, 1), (3, B, 8)
         for i in range(self.balls.shape[1]):
-            centre, radius = self.balls[:, i, None, :3], self.balls[:, i, 3:]
-            oc = o - centre
-            b = (oc * d).sum(-1)
-            q = b * b - (oc * oc).sum(-1) + radius ** 2
+            oc, radius = o - self.balls[:, i, :3].T[..., None], self.balls[:, i, 3:]       # from its centre
+            b = (oc * d).sum(0)
+            q = b * b - (oc * oc).sum(0) + radius ** 2
             s = -b - q.clamp(min=0).sqrt()
             hit = (q > 0) & (s > 0) & (s < best)
             best, which = torch.where(hit, s, best), which.masked_fill(hit, 6 + i % 2)
-            tone = torch.where(hit, .75 + .25 * ((oc @ sun) + s * (d @ sun)) / radius, tone)
-        colour = torch.gather(self.colours, 1, which.long()[..., None].expand_as(d)) * tone[..., None]
-        up = -d[..., 1:2]                                     # the sky pales towards the horizon; fog is of its colour
-        haze = self.colours[:, :1] * (1 - .25 * up.clamp(0, 1)) + .12 * (1 - 3 * up.clamp(0, 1)).clamp(0, 1)
-        return torch.lerp(haze, colour, torch.exp(-best / 30)[..., None]).clamp(0, 1), best, which + tone / 2
+            tone = torch.where(hit, .75 + .25 * (sun * (oc + s * d)).sum(0) / radius, tone)
+        colour = torch.gather(colours, 2, which.long().expand_as(d)) * tone
+        up = -d[1]                                            # the sky pales towards the horizon; fog is of its colour
+        haze = colours[..., :1] * (1 - .25 * up.clamp(0, 1)) + .12 * (1 - 3 * up.clamp(0, 1)).clamp(0, 1)
+        return torch.lerp(haze, colour, torch.exp(-best / 30)).clamp(0, 1).movedim(0, -1).contiguous(), best, which + tone / 2
 
     def render(self, c2w, K, H=64, W=64, edges=.25):
         """Pictures (B, V, H, W, 3) float in [0, 1] and distances (B, V, H, W) of V views c2w (B, V, 4, 4) of each world.

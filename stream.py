@@ -315,14 +315,15 @@ def score(model, cfg, header, codec, device, find_poses=True):
             db = -10 * ((error * mask).mean((2, 3)) / share).clamp(min=1e-10).log10()
             out[name] = known(db.masked_fill(share < .05, torch.nan).nanmean(0))
     if recipe['world'] == 'lowpoly' and codec.stride == 1 and find_poses and first is not None and length <= 17:   # further, the search is too wide
-        def errors(v):                                       # (len(v), length - 1) each, degrees and metres
-            views = zip(*lowpoly.seeds, v[:, 1:], torch.arange(1, length).expand(n, -1), c2w[:, 0], K)
-            return pose_error(torch.stack([locate(Lowpoly([a], [b]), *x) for a, b, *x in views]), c2w[:len(v), 1:])
-        rot, trans = errors(truth)
+        views, found = (truth[:, 1:], dream[:, 1:], ceiling[:16, 1:]), []
+        for i, (plan, palette) in enumerate(zip(*lowpoly.seeds)):                                # all that one world shows at once
+            pictures = torch.cat([v[i] for v in views if i < len(v)])
+            found.append(locate(Lowpoly([plan], [palette]), pictures, torch.arange(len(pictures)) % (length - 1) + 1, c2w[i, 0], K[i]).split(length - 1))
+        (rot, trans), dreamt, coded = (pose_error(torch.stack([f[j] for f in found[:len(v)]]), c2w[:len(v), 1:]) for j, v in enumerate(views))
         lost = (rot > 2) | (trans > .15)                     # the true frame itself cannot be located: a bare wall
         median = lambda x, without: [None] + known(x.masked_fill(without[:len(x)], torch.nan).nanmedian(0)[0])
-        new, found = lost | (seen[:, 1:].float().mean((2, 3)) < .5), errors(dream)               # mostly what frame 0 did not see
-        for name, e, without in (('', found, lost), ('_seen', found, new), ('_ceiling', errors(ceiling[:16]), lost)):
+        new = lost | (seen[:, 1:].float().mean((2, 3)) < .5)                                     # mostly what frame 0 did not see
+        for name, e, without in (('', dreamt, lost), ('_seen', dreamt, new), ('_ceiling', coded, lost)):
             out |= {f'rot_err_deg{name}': median(e[0], without), f'trans_err_m{name}': median(e[1], without)}
         out |= dict(n_dropped=int(lost.sum()), n_views=lost.numel())
     if cfg.score:
