@@ -13,8 +13,8 @@ Out: out/dmd.safetensors, the best by score, and out/dmd.last.safetensors. Walk 
     torchrun --nproc_per_node=1 distill_dmd.py --batch 64                                 # one GPU
     torchrun --nproc_per_node=8 distill_dmd.py --batch 64                                 # eight
 
-Different from minWM: 1) both scores are told the true time; 2) masters in float32; 3) the data's frame 0 is given, carries
-no gradient and no loss; 4) gradients are averaged over processes by hand: DDP would not see the many calls of a rollout (FSDP does).
+Different from minWM: 1) both scores are told the true time; 2) masters in float32; 3) the data's frame 0 is given, without
+gradient or loss; 4) the fake score learns from the generator's own walk, not from walks anew; 5) gradients are averaged by hand.
 """
 import json
 import os
@@ -48,7 +48,7 @@ class Config:
     steps: int = 60               # generator updates
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches an update, on each process
-    critic: int = 4               # updates of the fake score for one of the generator
+    critic: int = 4               # updates of the fake score, upon the same walk, for one of the generator
     # optimizer
     lr: float = 7e-5
     critic_lr: float = 1e-3
@@ -123,7 +123,7 @@ def noised(x, batch, shift, given):
     """x at one random time for each clip, and its times (B, F); given frames stay clean, at t = 0."""
     t = shift_time(batch.u[:, :1], shift).clamp(.02, .98).expand(x.shape[:2]).clone()
     t[:, :given] = 0
-    return add_noise(x, batch.eps, t), t
+    return add_noise(x, batch.eps[:, :x.shape[1]], t), t
 
 
 def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera'):
@@ -138,7 +138,7 @@ def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera')
 
 
 def generator_loss(nets, cfg, batch, index):
-    """(loss, the walk, mean size of the gradient, the data)."""
+    """(loss, mean size of the gradient, the walk)."""
     # 1) rollout: the generator walks upon its own frames
     x, given, batch = walk(nets['generator'], cfg, batch, index)
     with torch.no_grad():
@@ -148,16 +148,15 @@ def generator_loss(nets, cfg, batch, index):
         # 4) gradient: towards the data's, away from its own
         grad = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance, given, cfg.over)
     loss = .5 * (x - (x - grad).detach())[:, given:].square().mean()
-    return loss, x.detach(), grad[:, given:].abs().mean(), batch.x0
+    return loss, grad[:, given:].abs().mean(), (x.detach(), given, batch)
 
 
-def critic_loss(nets, cfg, batch, index):
-    """5) critic: the fake score follows the generator, by flow matching on fresh walks."""
-    with torch.no_grad():
-        x, given, batch = walk(nets['generator'], cfg, batch, index)
-        x_t, t = noised(x, batch, nets['fake'].cfg.shift, given)
-    v = nets['fake'](x_t, t, batch.text, batch.camera)
-    return (v - (batch.eps - x))[:, given:].square().mean(),
+def critic_loss(nets, cfg, batch, walked):
+    """5) critic: the fake score follows the generator, by flow matching on its walk, with the batch's own noise and time."""
+    x, given, seen = walked
+    x_t, t = noised(x, batch, nets['fake'].cfg.shift, given)
+    v = nets['fake'](x_t, t, seen.text, seen.camera)
+    return (v - (batch.eps[:, :x.shape[1]] - x))[:, given:].square().mean(),
 
 # -----------------------------------------------------------------------------
 # evaluate: walk held-out paths in a few steps. The gate before: has the real score anything to teach?
@@ -227,7 +226,7 @@ def step_on(loss_of, net, opt, cfg, world):
         (loss / cfg.accum).backward()
         out.append([loss.detach(), *more])
     params = [p for p in net.parameters() if p.grad is not None]
-    if world > 1 and cfg.shard == 'ddp':
+    if world > 1 and cfg.shard == 'ddp':                                      # whose hooks would not see a rollout's many calls
         for p in params:
             dist.all_reduce(p.grad)
             p.grad /= world
@@ -293,8 +292,8 @@ def main(cfg, stage):
         log = open(f'{path}.jsonl', 'w', buffering=1)                        # a line at a time
         log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
 
-    def run(update, name, loss_fn):
-        """Update number `update` of the run, on its own clips and noise."""
+    def run(update, name, loss_fn, walked=None):
+        """Update number `update` of the run, on its own clips and noise, or its own noise and what was walked."""
         def loss_of(i):
             first = (rank * cfg.accum + i) * micro
             batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, model.cfg, cfg.seed, device, whole=cfg.before > 0)
@@ -302,7 +301,7 @@ def main(cfg, stage):
             if hasattr(model, 'unshard'):
                 model.unshard()                                               # rollout embeds cameras outside of a forward pass
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return loss_fn(nets, cfg, batch, index)
+                return loss_fn(nets, cfg, batch, walked[i] if walked else index)
         return step_on(loss_of, nets[name], optimizers[name == 'fake'], cfg, world)
 
     # -------------------------------------------------------------------------
@@ -316,9 +315,10 @@ def main(cfg, stage):
         n = step * (1 + cfg.critic)
         out, norm = run(n, 'generator', generator_loss)
         update_ema(ema, model, cfg.ema if step >= cfg.ema_start else 0, step)
-        critic = [run(n + 1 + i, 'fake', critic_loss) for i in range(cfg.critic)]
-        dream, truth = (clips.codec(device).decode(torch.cat([o[k] for o in out])) for k in (1, 3))
-        sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[2] for o in out).item() / cfg.accum, norm,
+        walked = [walk for *_, walk in out]
+        critic = [run(n + 1 + i, 'fake', critic_loss, walked) for i in range(cfg.critic)]
+        dream, truth = (clips.codec(device).decode(torch.cat(x)) for x in zip(*((x, seen.x0) for x, _, seen in walked)))
+        sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[1] for o in out).item() / cfg.accum, norm,
                      np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
                      *vigour(dream, truth).values()])
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:

@@ -75,14 +75,17 @@ def dmd(layers=18):
     updates = itertools.count()
 
     def step():
-        for name, loss_of in (('generator', distill_dmd.generator_loss), ('fake', distill_dmd.critic_loss)):
+        walked = None
+        for name in ('generator', 'fake'):
             with torch.autocast('cuda', torch.bfloat16):
-                loss = loss_of(nets, cfg, batch, [(0, next(updates), 0)])[0]
+                loss, *more = (distill_dmd.critic_loss(nets, cfg, batch, walked) if walked else
+                               distill_dmd.generator_loss(nets, cfg, batch, [(0, next(updates), 0)]))
+            walked = walked or more[1]
             loss.backward()
             opts[name].step()
             opts[name].zero_grad(set_to_none=True)
     full, call = flops(c, F, L, F), sum(flops(c, CHUNK, L, CHUNK * (i + 1)) for i in range(F // CHUNK))
-    measure(f'stage 3, one update of each, {layers} layers', 3.5 * call * 2 + 3 * call + 3 * full + 4 * full,
+    measure(f'stage 3, one update of each, {layers} layers', 3.5 * call + 3 * call + 3 * full + 4 * full,
             36 * P + (8 + 8) * F * L * D * layers, step, P)
 
 

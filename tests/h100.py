@@ -26,7 +26,7 @@ def main(preset):
     full, forced = flops(cfg, F, L, F), forced_flops(cfg, F, L)                     # one forward pass of a clip
     step = sum(flops(cfg, CHUNK, L, CHUNK * (i + 1)) for i in range(chunks))       # one call for every chunk of a walk
     walk = 3.5 * step                                                              # 1 to 4 calls, 2.5 on average, and the clean one
-    generator, critic = walk + 3 * step + 2 * full + full, walk + 4 * full         # + 3: the backward pass, forward again
+    generator, critic = walk + 3 * step + 2 * full + full, 4 * full                # + 3: the backward pass, forward again
     # bytes a parameter: fp32 weights, gradient, Adam's two averages 16; their EMA 4; frozen networks 4
     keep = 8 * F * L * cfg.dim * cfg.num_layers                                    # one float32 and its gradient a token and block
     cache = 2 * 2 * 2 * cfg.num_layers * F * L * cfg.dim                           # bfloat16 k, v of both attentions

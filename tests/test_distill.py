@@ -237,11 +237,12 @@ def test_three_networks_share_nothing_and_only_the_right_one_learns(nets, mode):
     assert len(places) == 3 and not places[0] & places[1] and not places[1] & places[2] and not places[0] & places[2]
     index = [(0, 0, j) for j in range(B)]
     learns = lambda name: any(p.grad is not None and p.grad.abs().max() > 0 for p in nets[name].parameters())
-    distill_dmd.generator_loss(nets, cfg, batch(), index)[0].backward()
+    loss, _, walked = distill_dmd.generator_loss(nets, cfg, batch(), index)
+    loss.backward()
     assert [learns(n) for n in ('generator', 'real', 'fake')] == [True, False, False]
     for p in nets['generator'].parameters():
         p.grad = None
-    distill_dmd.critic_loss(nets, cfg, batch(), index)[0].backward()
+    distill_dmd.critic_loss(nets, cfg, batch(), walked)[0].backward()
     assert [learns(n) for n in ('generator', 'real', 'fake')] == [False, False, True]
 
 
@@ -273,17 +274,18 @@ def test_both_scores_are_told_the_time_that_noised_their_input(nets, p_first):
     cfg.p_first, cfg.guidance, index = p_first, 1.0, [(0, 0, j) for j in range(B)]
     for name in ('real', 'fake'):
         nets[name].register_forward_hook(lambda m, args, v, name=name: seen.setdefault(name, args) and None)
-    _, x, *_ = distill_dmd.generator_loss(nets, cfg, data, index)
-    given = int(p_first)
+    walked = distill_dmd.generator_loss(nets, cfg, data, index)[2]
+    x, given = walked[0], int(p_first)
     assert torch.equal(seen['real'][0], seen['fake'][0]) and torch.equal(seen['real'][1], seen['fake'][1])
     x_t, t = seen['real'][:2]
     assert torch.allclose(x_t, add_noise(x, data.eps, t), atol=1e-6) and (t[:, :given] == 0).all() and (t[:, given:] > .019).all()
     assert torch.equal(x[:, 0], data.x0[:, 0]) == bool(given)
     seen.clear()
-    distill_dmd.critic_loss(nets, cfg, data, index)
-    x_t, t = seen['fake'][:2]
-    clean = (x_t - t[..., None, None, None] * data.eps) / (1 - t[..., None, None, None])
-    assert torch.allclose(clean, x, atol=1e-3) and (t[:, :given] == 0).all()              # the same walk: the same numbers
+    again = batch(1)                                                                      # its own noise and times, upon the same walk
+    distill_dmd.critic_loss(nets, cfg, again, walked)
+    earlier, (x_t, t) = t, seen['fake'][:2]
+    assert torch.allclose(x_t, add_noise(x, again.eps, t), atol=1e-6) and (t[:, :given] == 0).all()
+    assert (t[:, given:] != earlier[:, given:]).all() and torch.equal(seen['fake'][3].c2w, walked[2].camera.c2w)
 
 
 @pytest.mark.parametrize('camera', ['plucker', 'prope'])
