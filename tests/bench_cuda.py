@@ -74,16 +74,17 @@ def dmd(layers=18):
     opts = {k: torch.optim.AdamW(nets[k].parameters(), lr=1e-6, betas=(0., .999), fused=True) for k in ('generator', 'fake')}
     updates = itertools.count()
 
+    def learn(name, loss_of, *given):
+        with torch.autocast('cuda', torch.bfloat16):
+            loss, *more = loss_of(nets, cfg, batch, *given)
+        loss.backward()
+        opts[name].step()
+        opts[name].zero_grad(set_to_none=True)
+        return more
+
     def step():
-        walked = None
-        for name in ('generator', 'fake'):
-            with torch.autocast('cuda', torch.bfloat16):
-                loss, *more = (distill_dmd.critic_loss(nets, cfg, batch, walked) if walked else
-                               distill_dmd.generator_loss(nets, cfg, batch, [(0, next(updates), 0)]))
-            walked = walked or more[1]
-            loss.backward()
-            opts[name].step()
-            opts[name].zero_grad(set_to_none=True)
+        _, walked = learn('generator', distill_dmd.generator_loss, [(0, next(updates), 0)])
+        learn('fake', distill_dmd.critic_loss, walked)
     full, call = flops(c, F, L, F), sum(flops(c, CHUNK, L, CHUNK * (i + 1)) for i in range(F // CHUNK))
     measure(f'stage 3, one update of each, {layers} layers', 3.5 * call + 3 * call + 3 * full + 4 * full,
             36 * P + (8 + 8) * F * L * D * layers, step, P)
