@@ -30,6 +30,17 @@ def test_flex_attention_equals_block_rows(dtype, tolerance):
             assert (a.cpu().double() - b).abs().max() < tolerance * b.abs().max(), path.__name__
 
 
+@pytest.mark.parametrize('queries', [4, 36])
+def test_unmasked_attention_equals_float64(queries):
+    """By flash-attn where it is installed: also fewer queries than keys, as a cached step has."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 36, 3, 64, dtype=torch.float64).bfloat16()
+    q = q[:, :queries]
+    got = attention(q.cuda(), k.cuda(), v.cuda()).cpu().double()
+    want = attention(q.double(), k.double(), v.double())
+    assert (got - want).abs().max() < 2e-2 * want.abs().max()
+
+
 def network():
     torch.manual_seed(0)
     model = DiT(dataclasses.replace(PRESETS['tiny'], sink=True))
