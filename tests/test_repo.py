@@ -32,8 +32,8 @@ def test_the_plumbing_of_the_stages_is_the_same_word_for_word():
 
 
 def test_every_readme_command_parses():
-    commands = re.findall(r'^(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$', read('README.md'), re.M)
-    assert len(commands) >= 6
+    commands = re.findall(r'^(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$', read('README.md') + read('NUMBERS.md'), re.M)
+    assert len(commands) >= 20
     known = {script: run(script, '-h') for script in {script for script, _ in commands}}
     for script, rest in commands:
         for flag in re.findall(r'--\w+', rest):
@@ -47,5 +47,6 @@ def test_the_recipes_of_minwm_parse():
 
 
 def test_pictures_and_files_of_the_readme_exist():
-    for path in re.findall(r'\]\(([^)#:]+)\)', read('README.md')) + re.findall(r'src="([^":]+)"', read('README.md')):
+    text = read('README.md') + read('NUMBERS.md')
+    for path in re.findall(r'\]\(([^)#:]+)\)', text) + re.findall(r'src="([^":]+)"', text):
         assert os.path.exists(os.path.join(ROOT, path)), path
