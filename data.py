@@ -724,8 +724,9 @@ def frechet(a, b):
         luma = x.mean(1, keepdim=True)
         energy = F.pad(luma.diff(dim=-1), (0, 1)).square() + F.pad(luma.diff(dim=-2), (0, 0, 0, 1)).square()
         return F.adaptive_avg_pool2d(torch.cat([x, energy * 10, energy.sqrt()], 1), 4).flatten(1)
-    x, y = features(a), features(b)
-    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    (x, cx), (y, cy) = ((f, torch.cov(f.T)) for f in (features(a), features(b)))
+    if not (cx @ cy).isfinite().all():
+        return math.nan                                                       # the eigenvalues of NaN crash some LAPACKs
     root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()       # tr (cx cy)^1/2
     return ((x.mean(0) - y.mean(0)).square().sum() + cx.trace() + cy.trace() - 2 * root).item()
 
@@ -733,8 +734,7 @@ def frechet(a, b):
 def write_strip(path, *videos, scale=2, most=17):
     """PNG with the rows videos[0][b], videos[1][b], ... for each b; each video (B, F, H, W, 3) in [0, 1]. Of more than
     `most` frames, as many at equal distances."""
-    length = videos[0].shape[1]
-    shown = torch.linspace(0, length - 1, min(length, most)).round().long()
+    shown = torch.linspace(0, videos[0].shape[1] - 1, min(videos[0].shape[1], most)).round().long()
     picture = rearrange(torch.stack([v[:, shown] for v in videos]), 'v b f h w c -> (b v h) (f w) c').clamp(0, 1).mul(255).round().byte().cpu()
     tmp = f'{path}.tmp{os.getpid()}.png'
     iio.imwrite(tmp, picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())

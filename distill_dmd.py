@@ -30,9 +30,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera, relative, steps
 from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
-from model import (DiT, add_noise, attention_path, chunk_ids, command_line, gate, learning_rate, load_model, load_resume,
-                   load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard, shift_time, teacher_forced,
-                   update_ema, v_to_x0, walk_clip, whole, without)
+from model import (DiT, add_noise, attention_path, chunk_ids, clip_gradients, command_line, gate, learning_rate, load_model,
+                   load_resume, load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard,
+                   shift_time, teacher_forced, update_ema, v_to_x0, walk_clip, whole, without)
 
 
 @dataclass
@@ -230,7 +230,7 @@ def step_on(loss_of, net, opt, cfg, world):
         for p in params:
             dist.all_reduce(p.grad)
             p.grad /= world
-    norm = whole(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
+    norm = clip_gradients(params, cfg.clip)
     opt.step()
     opt.zero_grad(set_to_none=True)
     return out, norm

@@ -188,7 +188,6 @@ def _gather(x, frames, L):
 class BlockRowAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt Dh) v for (B, N, S, Dh) under a frame mask, by a loop over its rows: on a CPU that is the work of the
     allowed blocks only. The backward pass is written out because autograd's own would touch all of k and v once per row."""
-
     @staticmethod
     def forward(ctx, q, k, v, rows, Lq, Lk):
         out, probs, q = torch.empty_like(q), [], q * q.shape[-1] ** -0.5
@@ -455,7 +454,6 @@ class Head(nn.Module):
 class DiT(nn.Module):
     """The network v(x_t, t, text, camera). One class is bidirectional, causal, teacher-forced or cached: that is up
     to the mask, the positions and the cache it is called with."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D = cfg, cfg.dim
@@ -469,16 +467,13 @@ class DiT(nn.Module):
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        nn.init.zeros_(self.head.head.weight)
-        nn.init.zeros_(self.time_projection[1].weight)
-        if 'prope' in cfg.camera:
-            for block in self.blocks:
-                nn.init.zeros_(block.self_attn.prope_o.weight)
+        zero = [self.head.head, self.time_projection[1], *(b.self_attn.prope_o for b in self.blocks if 'prope' in cfg.camera)]
         if 'plucker' in cfg.camera:                     # no bias: a dropped camera is exactly a zero map
             self.camera_embedding = nn.Linear(12 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2, D, bias=False)
             self.camera_motion = nn.Linear(12, D, bias=False)
-            nn.init.zeros_(self.camera_embedding.weight)
-            nn.init.zeros_(self.camera_motion.weight)
+            zero += [self.camera_embedding, self.camera_motion]
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
         self.riflex, self.checkpoint = None, False
 
     def embed_camera(self, camera, H, W):
@@ -601,8 +596,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
 
     A chunk costs len(times) - 1 calls: the clean pass that writes it to the cache goes along with the next one's first.
     """
-    B = len(text)
-    twice = (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
+    B, twice = len(text), (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
     if guidance != 1:
         text = torch.cat([text, text * (over == 'camera')])
     history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
@@ -726,8 +720,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(momentum, grads, .05)
                 X = torch.stack([g.mT if g.shape[0] > g.shape[1] else g for g in torch._foreach_lerp(grads, momentum, .95)]).to(group['dtype'])
                 A = X @ X.mT                                   # its norm, a little large: rounding must not lead beyond 1
-                size = A.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-30) * (1 + 4 * torch.finfo(A.dtype).eps)
-                X = (X / size.sqrt()).to(A.dtype)
+                size = A.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-14) * (1 + 4 * torch.finfo(A.dtype).eps)
+                X = (X / size.sqrt()).to(A.dtype)              # a gradient below 1e-7 fades, before its 4th power is lost to float32
                 for i, (a, b, c) in enumerate(self.STEPS):     # singular values to about 1
                     A = X @ X.mT if i else (A / size).to(A.dtype)
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
@@ -782,6 +776,14 @@ def whole(x):
 def split_like(x, y):
     """The whole tensor x, split as y is."""
     return distribute_tensor(x, y.device_mesh, y.placements) if hasattr(y, 'full_tensor') else x
+
+
+def clip_gradients(params, limit):
+    """Scale the gradients to a norm of at most `limit`, and return what it was. Raises BadInput, before any weight changes, if it is no number."""
+    norm = whole(torch.nn.utils.clip_grad_norm_(params, limit)).item()
+    if math.isfinite(norm):
+        return norm
+    raise BadInput(f'the gradient of this step is {norm}: nothing of it is kept; try a smaller --lr, or --dtype float32')
 
 
 def learning_rate(step, steps, lr, warmup, decay):
@@ -931,8 +933,7 @@ def save_resume(path, model, ema, optimizers, step, config):
 
 
 def load_resume(path, model, ema, optimizers, config):
-    """Undo save_resume in place; returns the step to go on from, 0 if there is no such file. Raises BadInput when the
-    file was made with another config."""
+    """Undo save_resume in place; the step to go on from, 0 if there is no such file. Raises BadInput if it is of another config."""
     if not os.path.exists(path):
         return 0
     tensors, meta = load_tensors(path)
@@ -983,8 +984,7 @@ def gate(stage, preset, metrics):
     if not os.path.exists(path):
         return f'gate: none for preset {preset} (expected/{preset}.json is missing)'
     with open(path) as f:
-        limits = json.load(f).get(stage, {}).get('thresholds', {})
-    limits = {k: v for k, v in limits.items() if k in metrics}                # shorter clips have no frame 7
+        limits = {k: v for k, v in json.load(f).get(stage, {}).get('thresholds', {}).items() if k in metrics}   # short clips: no frame 7
     if not limits:
         return f'gate: none for {stage} in expected/{preset}.json'
     ok = {k: metrics[k] >= v if sign == '>=' else metrics[k] <= v for k, (sign, v) in limits.items()}

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera, relative, steps
 from data import Clips, batches, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, command_line, gate, learning_rate, load_model,
-                   load_resume, make_optimizers, pick_device, save_model, save_resume, schedule, shard, shift_time,
-                   sync_gradients, teacher_forced, update_ema, walk_clip, whole)
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, clip_gradients, command_line, gate,
+                   learning_rate, load_model, load_resume, make_optimizers, pick_device, save_model, save_resume, schedule, shard,
+                   shift_time, sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
 @dataclass
@@ -247,7 +247,7 @@ def main(cfg, stage):
             (loss / cfg.accum).backward()
             level = (t[..., None] > torch.arange(4, device=device) / 4) & (t[..., None] <= torch.arange(1, 5, device=device) / 4)
             sums += torch.cat([loss[None] / cfg.accum, (error[..., None] * level).sum((0, 1)), level.sum((0, 1))]).detach()
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)).item()
+        norm = clip_gradients(model.parameters(), cfg.clip)
         for opt in optimizers:
             for group in opt.param_groups:
                 group['lr'] = lr

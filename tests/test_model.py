@@ -210,13 +210,14 @@ def test_muon_against_singular_values(dtype, near):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('rank', [1, 2, 24])
-def test_muon_bounds_its_step_whatever_the_rank(rank, dtype):
-    """The first polynomial is steep at 1, where the one singular value of rank 1 lies: rounding must not lead beyond."""
+@pytest.mark.parametrize('rank, size', [(1, 1e-3), (2, 1e-3), (24, 1e-3), (24, 1e-8), (24, 1e-11), (24, 1e-13), (24, 1e-20), (24, 1e-35)])
+def test_muon_bounds_its_step_whatever_the_rank_and_size(rank, size, dtype):
+    """The first polynomial is steep at 1, where the one singular value of rank 1 lies: rounding must not lead beyond. Nor must a
+    gradient that dies out, as a layer's does that attends to one word alone."""
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
         w = torch.nn.Parameter(torch.zeros(48, 64))
-        w.grad = 1e-3 * torch.randn(48, rank, generator=g) @ torch.randn(rank, 64, generator=g)
+        w.grad = size * torch.randn(48, rank, generator=g) @ torch.randn(rank, 64, generator=g)
         Muon([w], 1.0, 0.0, dtype).step()
         assert torch.linalg.svdvals(w.detach().double()).max() < 1.5 * .2 * 64 ** .5
 

@@ -268,6 +268,12 @@ def test_training_says_what_is_wrong(args, words, data, chain, tmp_path):
                         *SMALL, *args, ok=False)
 
 
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_file(data, chain, tmp_path):
+    message = run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 9, '--lr', 1e30,
+                  *SMALL, ok=False)
+    assert 'the gradient of this step is' in message and os.listdir(tmp_path) == ['ar.jsonl']
+
+
 def test_damaged_files_are_named_and_earlier_output_survives(data, chain, tmp_path):
     import shutil
     copy = str(tmp_path / 'clips')
