@@ -596,7 +596,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
 
     A chunk costs len(times) - 1 calls: the clean pass that writes it to the cache goes along with the next one's first.
     """
-    B, twice = len(text), (lambda x: torch.cat([x, x])) if guidance != 1 else (lambda x: x)
+    B, twice = len(text), lambda x: torch.cat([x, x]) if guidance != 1 else x
     if guidance != 1:
         text = torch.cat([text, text * (over == 'camera')])
     history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
