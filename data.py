@@ -654,7 +654,7 @@ class Batch:
 def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=False):
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same. whole: all
-    frames of the clips, if they have more. cfg.sink: half of the training windows begin with another frame of the clip."""
+    frames of the clips, if they have more. cfg.sink: half of the training windows of a longer clip begin with another of its frames."""
     if cfg.sink and (cfg.first > 1 or 'plucker' not in cfg.camera):
         raise BadInput('--sink keeps one frame, whose pose is the origin: it needs a first chunk of one frame and Plücker maps')
     rows, train = [], clips.split == 'train'
@@ -668,7 +668,7 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         a = int(r.integers(len(z) - frames + 1)) if train else 0
         text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
         eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
-        window, jump = [*range(a, a + frames)], cfg.sink and train and not whole and r.random() < .5
+        window, jump = [*range(a, a + frames)], cfg.sink and train and len(z) > frames and r.random() < .5
         window[0] = int(r.integers(len(z))) if jump else a                   # frame 0 from anywhere in the clip
         rows.append((z[window].float(), c2w[window], K.expand(frames, 4), text, torch.from_numpy(eps), torch.from_numpy(u),
                      torch.tensor(jump), *more, clips.captions[i]))

@@ -117,7 +117,7 @@ def ode_states(model, batch, times, keep, causal=True, guidance=1.0, over='camer
 def ode_loss(net, cfg, batch):
     """Regress a state of the ODE to its end point: (scalar, squared errors of x0 (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
-    states, = batch.more
+    states, batch.camera.step = batch.more
     # 1) one of the student's times for each clip, and the teacher's state there
     times = schedule(cfg.student_steps, net.cfg.shift).to(states.device)
     s = (batch.u[:, 0] * cfg.student_steps).long()
@@ -168,7 +168,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
     recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'seed')}
     with open(path, 'rb') as f:
-        recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
+        recipe |= {'format': 2, 'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
         changed = ', '.join(k for k in recipe if recipe[k] != old.get(k))
         raise BadInput(f'{folder} was made with another {changed}: delete it, or give another --out')
@@ -178,14 +178,14 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
         with open(f'{folder}/manifest.json.tmp', 'w') as f:
             json.dump({'recipe': recipe, 'shards': [{'file': name, 'clips': n} for name, a, n in shards]}, f, indent=1)
         os.replace(f'{folder}/manifest.json.tmp', f'{folder}/manifest.json')
-    every = cfg.teacher_steps // cfg.student_steps
     for name, a, n in tqdm(shards[rank::world], desc=folder, unit='shard', disable=rank > 0):
         if not os.path.exists(f'{folder}/{name}'):
             batch = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
-                                    range(0, cfg.teacher_steps, every), cfg.teacher == 'causal', cfg.guidance, cfg.over)
-            tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), states=states.half())
+                                    range(0, cfg.teacher_steps, cfg.teacher_steps // cfg.student_steps), cfg.teacher == 'causal', cfg.guidance, cfg.over)
+            tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), step=batch.camera.step,
+                           states=states.half())
             if clips.embedded:
                 tensors['text'] = batch.text[:, :(batch.text != 0).any(2).sum(1).max()].bfloat16()
             save_tensors(f'{folder}/{name}', {k: v.cpu() for k, v in tensors.items()}, {'captions': batch.captions})
@@ -271,7 +271,7 @@ def main(cfg, stage):
         raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)
     if cfg.method == 'ode':
-        clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states'))
+        clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states', 'step'))
         loss_fn = ode_loss
     else:
         average, _ = load_model(cfg.init, device)

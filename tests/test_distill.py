@@ -8,7 +8,7 @@ import distill_dmd
 import distill_ode
 import train_ar
 from camera import Camera, intrinsics, keys_to_poses, relative
-from data import Batch
+from data import Batch, Clips, get_batch
 from model import (KVCache, add_noise, causal_mask, chunk_ids, rollout, save_model, schedule, teacher_forced,
                    teacher_forcing_mask, v_to_x0)
 from test_model import TINY, tiny_model
@@ -95,10 +95,25 @@ def test_ode_loss_is_zero_for_the_exact_student_and_gives_it_the_states_own_time
     times = schedule(4, 3.0)[:-1].view(1, 4, 1, 1, 1, 1)
     ends = student.end(data.eps, torch.ones(()))
     on_the_flow = MEAN * (1 - times) + (data.eps[:, None]) * ((1 - times) ** 2 * STD ** 2 + times ** 2).sqrt()
-    data = dataclasses.replace(data, more=(torch.cat([on_the_flow, ends[:, None]], 1),))
+    data = dataclasses.replace(data, more=(torch.cat([on_the_flow, ends[:, None]], 1), data.camera.step))
     loss, error, t = distill_ode.ode_loss(student, cfg, data)
     assert loss < 1e-10 and error.shape == (B, F) and (t == t[:, :1]).all() and set(t[:, 0].tolist()) <= set(schedule(4, 3.0).tolist())
     assert distill_ode.ode_loss(Gaussian(), cfg, data)[0] > 1e-2
+
+
+@pytest.mark.parametrize('sink', [False, True])
+def test_pairs_are_read_as_they_were_made(sink, data, tmp_path):
+    """One Euler step is one jump: upon pairs of a single step student and teacher are one function, of the same frames and cameras."""
+    model, path = tiny_model(sink=sink), f'{tmp_path}/ar.safetensors'
+    save_model(path, model.state_dict(), model.cfg, stage='ar', step=1)
+    cfg = distill_ode.Config(teacher_steps=1, student_steps=1, pairs=16, frames=3, init=path, out=str(tmp_path))
+    folder = distill_ode.make_pairs(cfg, Clips(data), model, torch.device('cpu'), torch.float32, print)
+    pairs = get_batch(Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'step')), 0, 16, 3, model.cfg)
+    from_elsewhere = (pairs.more[1][:, 1] == torch.eye(4)).all((1, 2))
+    assert 3 < from_elsewhere.sum() < 13 if sink else from_elsewhere.sum() < 3
+    with torch.no_grad():
+        loss = [distill_ode.ode_loss(model, cfg, dataclasses.replace(pairs, text=text))[0] for text in (pairs.text, pairs.text + 1)]
+    assert loss[0] < 1e-4 < 1e-2 < loss[1]
 
 
 def test_the_consistency_loss_at_the_solution_vanishes_with_dt_squared():
