@@ -126,8 +126,7 @@ def crop_intrinsics(K, x, y, width, height):
 
 def rays(c2w, K, H, W):
     """Origins (..., 3) and unit directions (..., H, W, 3), in the world, through the centres of an H x W grid."""
-    y, x = torch.meshgrid((torch.arange(H, device=K.device) + 0.5) / H,
-                          (torch.arange(W, device=K.device) + 0.5) / W, indexing='ij')
+    y, x = torch.meshgrid(*((torch.arange(n, device=K.device) + 0.5) / n for n in (H, W)), indexing='ij')
     fx, fy, cx, cy = (k[..., None, None] for k in K.float().unbind(-1))
     d = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(fx.shape[:-2] + x.shape)], -1)
     d = torch.einsum('...ij,...hwj->...hwi', c2w[..., :3, :3].float(), torch.nn.functional.normalize(d, dim=-1))

@@ -56,7 +56,6 @@ class Config:
     pose_scale: float = 0.0       # folder: metres in a unit of the poses; -1: unknown, make a mean step 0.15 m in each video
     seed: int = 0
     wan: str = ''                 # folder with Wan2.1's vae, text_encoder and tokenizer, as diffusers keeps them; empty: no weights
-    workers: int = 0              # processes; 0: one a core
 
 # -----------------------------------------------------------------------------
 # world "lowpoly": an exact ray caster. A world is a plan (geometry) and a palette (colours), each from a seed
@@ -442,9 +441,7 @@ class Dct:
     """The embedded codec, and captions embedded without weights: what `find_codec` gives for most clips."""
     stride, encode, decode = 1, staticmethod(encode), staticmethod(decode)
 
-    def stream(self):
-        """A function that decodes a video chunk by chunk."""
-        return decode
+    stream = lambda self: decode                              # a function that decodes a video chunk by chunk
 
     def embed(self, captions, cfg):
         return embed_text(captions, cfg.text_len, cfg.text_dim)
@@ -547,7 +544,7 @@ def make(cfg):
             raise BadInput(f'--videos {cfg.videos}: no video with a pose for every frame; see data.py on what belongs there')
     if cfg.wan and (cfg.frames - 1) % 4:
         raise BadInput(f'--frames {cfg.frames}: Wan\'s latents hold 1, 5, 9, 13 ... pictures')
-    recipe = {k: v for k, v in asdict(cfg).items() if k not in ('out', 'workers') and (k != 'wan' or cfg.wan)
+    recipe = {k: v for k, v in asdict(cfg).items() if k != 'out' and (k != 'wan' or cfg.wan)
               and (cfg.world == 'folder' or k not in ('videos', 'stride', 'pose_scale'))}
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
@@ -564,7 +561,7 @@ def make(cfg):
     jobs = [(cfg, tmp.name, split, name, i, list(range(i, min(n, i + each)))) for split, name, n in
             ((0, 'train', cfg.clips), (1, 'val', cfg.val_clips)) for i in range(0, n, each)]
     context = multiprocessing.get_context('spawn' if torch.cuda.is_initialized() else None)
-    with tmp, ProcessPoolExecutor(cfg.workers or os.cpu_count(), context) as pool:      # Wan's networks are large: one process
+    with tmp, ProcessPoolExecutor(mp_context=context) as pool:      # Wan's networks are large: one process
         shards, sheets = zip(*tqdm((map if cfg.wan else pool.map)(_make_shard, jobs), total=len(jobs), desc=out, unit='shard'))
         iio.imwrite(f'{tmp.name}/sheet.png', sheets[0])
         with open(f'{tmp.name}/manifest.json', 'w') as f:

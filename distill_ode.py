@@ -23,11 +23,12 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera
+from camera import BadInput, Camera, relative, steps
 from data import Clips, batches, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, clip_gradients, command_line, gate, learning_rate,
@@ -66,6 +67,7 @@ class Config:
     over: str = 'camera'          # what guidance drops: camera | text
     pairs: int = 256              # clips of the ode method
     pair_batch: int = 32          # as many of them are integrated at once
+    drift: float = 0.0            # share of these batches whose history is what the teacher has walked
     # run
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
@@ -162,13 +164,26 @@ def cd_loss(net, cfg, batch, teacher, averaged):
 # -----------------------------------------------------------------------------
 # pairs on disk, in the format of data.py, so that get_batch reads them
 
+@torch.no_grad()
+def walked(teacher, cfg, clip, rng):
+    """A window of whole clips as the teacher, guided, walks them up to there: the student must know the way on from where it will
+    stray to (DAgger: Ross et al. 2011). Its frames are the walk's, its end points then go on from them."""
+    m, n, (B, F, *shape) = teacher.cfg, cfg.frames, clip.x0.shape
+    before = m.chunk * int(rng.integers((F - n) // m.chunk + 1))
+    kept, c2w, K = [0] * m.sink + [*range(before + m.sink, before + n)], clip.camera.c2w[:, :before + n], clip.camera.K[:, :before + n]
+    x0 = walk_clip(teacher, c2w, K, clip.text, schedule(cfg.student_steps, m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device),
+                   clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n, context=.1)
+    camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=torch.full((B,), m.sink and before > 0)))
+    return replace(clip, x0=x0[:, kept], eps=clip.eps[:, :n], camera=camera)
+
+
 def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     """Integrate cfg.pairs clips, cfg.pair_batch at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
-    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'seed')}
+    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'drift', 'seed')}
     with open(path, 'rb') as f:
-        recipe |= {'format': 2, 'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
+        recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
         changed = ', '.join(k for k in recipe if recipe[k] != old.get(k))
         raise BadInput(f'{folder} was made with another {changed}: delete it, or give another --out')
@@ -180,7 +195,9 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
         os.replace(f'{folder}/manifest.json.tmp', f'{folder}/manifest.json')
     for name, a, n in tqdm(shards[rank::world], desc=folder, unit='shard', disable=rank > 0):
         if not os.path.exists(f'{folder}/{name}'):
-            batch = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device)
+            batch, rng = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device), np.random.default_rng([12, cfg.seed, a])
+            if rng.random() < cfg.drift:
+                batch = walked(teacher, cfg, get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device, whole=True), rng)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
                                     range(0, cfg.teacher_steps, cfg.teacher_steps // cfg.student_steps), cfg.teacher == 'causal', cfg.guidance, cfg.over)
@@ -191,8 +208,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
             save_tensors(f'{folder}/{name}', {k: v.cpu() for k, v in tensors.items()}, {'captions': batch.captions})
     if world > 1:
         dist.barrier()
-    size = sum(os.path.getsize(f'{folder}/{name}') for name, _, _ in shards)
-    say(f'{folder}: {cfg.pairs} pairs, {size / 2 ** 20:.0f} MB')
+    say(f'{folder}: {cfg.pairs} pairs, {sum(os.path.getsize(os.path.join(folder, name)) for name, _, _ in shards) / 2 ** 20:.0f} MB')
     return folder
 
 # -----------------------------------------------------------------------------
@@ -265,8 +281,8 @@ def main(cfg, stage):
     # the teacher, its pairs, the loss
     if cfg.method not in ('ode', 'cd') or cfg.teacher not in ('causal', 'bidirectional'):
         raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional')
-    if cfg.method == 'cd' and cfg.teacher != 'causal':
-        raise BadInput('--method cd steps along the causal teacher: --teacher bidirectional goes with --method ode')
+    if cfg.teacher != 'causal' and (cfg.method == 'cd' or cfg.drift):
+        raise BadInput('--method cd and --drift walk with the causal teacher: --teacher bidirectional goes with --method ode alone')
     if cfg.teacher_steps % cfg.student_steps:
         raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)

@@ -112,8 +112,7 @@ def v_to_x0(x_t, v, t):
 def chunk_ids(frames, chunk, first=1):
     """Which chunk each frame belongs to: chunk_ids(7, 3) = [0, 1, 1, 1, 2, 2, 2]. Raises if it does not divide."""
     if frames < first or (frames - first) % chunk:
-        raise BadInput(f'{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: '
-                       f'use {first} + n * {chunk} frames')
+        raise BadInput(f'{frames} frames do not divide into a first chunk of {first} and chunks of {chunk}: use {first} + n * {chunk} frames')
     return torch.tensor([0] * first + [1 + i // chunk for i in range(frames - first)])
 
 
@@ -261,10 +260,8 @@ def attention(q, k, v, mask=None):
 
 def attention_path(device, dtype):
     """Which kernels `attention` uses, for the line that scripts print at start."""
-    if torch.device(device).type != 'cuda':
-        return 'sdpa, masked: block rows'
-    half = dtype in (torch.float16, torch.bfloat16)
-    return ('flash-attn' if flash_attn_func and half else 'sdpa') + ', masked: flex_attention'
+    cuda, half = torch.device(device).type == 'cuda', dtype in (torch.float16, torch.bfloat16)
+    return ('flash-attn' if cuda and flash_attn_func and half else 'sdpa') + ', masked: ' + ('flex_attention' if cuda else 'block rows')
 
 
 class KVCache:
@@ -296,12 +293,7 @@ class KVCache:
 
     def roll(self, n):
         """Drop the oldest n frames. The others keep their positions: rotary angles and PRoPE only know differences."""
-        for name in ('k', 'v'):
-            x = getattr(self, name)
-            if torch.is_grad_enabled():                        # checkpointed blocks may still read the old one
-                setattr(self, name, torch.cat([x[:, :, n * self.L:], x[:, :, :n * self.L]], 2))
-            else:
-                x[:, :, :(self.frames - n) * self.L] = x[:, :, n * self.L:].clone()
+        self.k, self.v = (x.roll(-n * self.L, 2) for x in (self.k, self.v))    # new ones: checkpointed blocks may still read the old
         self.end, self.gone = self.end - n, self.gone + n
 
 # -----------------------------------------------------------------------------

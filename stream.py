@@ -3,8 +3,7 @@ Walk through a trained world, score it, time it.
 
     python stream.py --live True                                                 # with the keyboard, in the browser
     python stream.py --keys "w*8,wl*8"                                           # out/walk.mp4, keys drawn on it
-    python stream.py --ckpt out/ar.safetensors --steps 16                        # another checkpoint, other steps
-    python stream.py --ckpt out/ar.safetensors --first picture.png               # start from any picture
+    python stream.py --ckpt out/ar.safetensors --steps 16 --first picture.png    # another checkpoint; from any picture
     python stream.py --ckpt out/ar.safetensors --first prompt --prompt "day sky green floor red and blue walls"
     python stream.py --ckpt out/ar.safetensors --score out/score.json            # 64 held-out paths against the truth
     python stream.py --score out/long.json --frames 1000 --paths 8               # drift; --first prompt: text to world
@@ -33,7 +32,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.benchmark import Timer
 
 from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys,
@@ -111,10 +110,7 @@ def load_picture(path, height, width):
         picture = Image.open(path).convert('RGB')
     except OSError as e:
         raise BadInput(f'--first {path}: not a readable picture ({e}); say world, prompt, or name a picture') from None
-    s = min(picture.width / width, picture.height / height)
-    w, h = width * s, height * s
-    left, top = (picture.width - w) / 2, (picture.height - h) / 2
-    return torch.from_numpy(np.array(picture.resize((width, height), Image.LANCZOS, (left, top, left + w, top + h))))[None]
+    return torch.from_numpy(np.array(ImageOps.fit(picture, (width, height), Image.LANCZOS)))[None]
 
 # -----------------------------------------------------------------------------
 # walking

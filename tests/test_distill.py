@@ -1,6 +1,7 @@
 """Stages 2 and 3 against closed forms: Gaussians, whose scores, flows and gradients are known."""
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ import train_ar
 from camera import Camera, intrinsics, keys_to_poses, relative
 from data import Batch, Clips, get_batch
 from model import (KVCache, add_noise, causal_mask, chunk_ids, rollout, save_model, schedule, teacher_forced,
-                   teacher_forcing_mask, v_to_x0)
+                   teacher_forcing_mask, v_to_x0, walk_clip)
 from test_model import TINY, tiny_model
 
 B, F, H, W = 3, 5, 4, 4
@@ -101,19 +102,37 @@ def test_ode_loss_is_zero_for_the_exact_student_and_gives_it_the_states_own_time
     assert distill_ode.ode_loss(Gaussian(), cfg, data)[0] > 1e-2
 
 
+@pytest.mark.parametrize('drift', [0., 1.])
 @pytest.mark.parametrize('sink', [False, True])
-def test_pairs_are_read_as_they_were_made(sink, data, tmp_path):
+def test_pairs_are_read_as_they_were_made(sink, drift, data, tmp_path):
     """One Euler step is one jump: upon pairs of a single step student and teacher are one function, of the same frames and cameras."""
     model, path = tiny_model(sink=sink), f'{tmp_path}/ar.safetensors'
     save_model(path, model.state_dict(), model.cfg, stage='ar', step=1)
-    cfg = distill_ode.Config(teacher_steps=1, student_steps=1, pairs=16, frames=3, init=path, out=str(tmp_path))
+    cfg = distill_ode.Config(teacher_steps=1, student_steps=1, pairs=16, pair_batch=2, frames=3, drift=drift, init=path, out=str(tmp_path))
     folder = distill_ode.make_pairs(cfg, Clips(data), model, torch.device('cpu'), torch.float32, print)
-    pairs = get_batch(Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'step')), 0, 16, 3, model.cfg)
+    pairs = get_batch(Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'step')), 0, 32, 3, model.cfg)
     from_elsewhere = (pairs.more[1][:, 1] == torch.eye(4)).all((1, 2))
-    assert 3 < from_elsewhere.sum() < 13 if sink else from_elsewhere.sum() < 3
+    assert 6 < from_elsewhere.sum() < 30 if sink else from_elsewhere.sum() < 6
     with torch.no_grad():
         loss = [distill_ode.ode_loss(model, cfg, dataclasses.replace(pairs, text=text))[0] for text in (pairs.text, pairs.text + 1)]
     assert loss[0] < 1e-4 < 1e-2 < loss[1]
+
+
+@pytest.mark.parametrize('sink', [False, True])
+def test_a_walked_window_is_the_end_of_a_walk_along_the_clip(sink, monkeypatch):
+    model, clip, walks = tiny_model(sink=sink), batch(F=9), []
+    monkeypatch.setattr(distill_ode, 'walk_clip', lambda *args, **kw: walks.append(walk_clip(*args, **kw)) or walks[-1])
+    seen = set()
+    for seed in range(8):
+        window = distill_ode.walked(model, distill_ode.Config(frames=3, student_steps=2), clip, np.random.default_rng(seed))
+        before = walks[-1].shape[1] - 3
+        frames = [0 if sink else before, before + 1, before + 2]
+        assert torch.equal(window.x0, walks[-1][:, frames]) and torch.equal(walks[-1][:, 0], clip.x0[:, 0])
+        assert not torch.isclose(window.x0[:, 1:], clip.x0[:, frames[1:]]).all((2, 3, 4)).any()       # dreamt, not the clip's
+        torch.testing.assert_close(window.camera.c2w, relative(clip.camera.c2w[:, frames]))
+        assert (window.camera.step[0, 1] == torch.eye(4)).all() == (sink and before > 0) and window.eps.shape == window.x0.shape
+        seen.add(before)
+    assert len(seen) > 3
 
 
 def test_the_consistency_loss_at_the_solution_vanishes_with_dt_squared():
