@@ -166,13 +166,13 @@ def cd_loss(net, cfg, batch, teacher, averaged):
 
 @torch.no_grad()
 def walked(teacher, cfg, clip, rng):
-    """A window of whole clips as the teacher, guided, walks them up to there: the student must know the way on from where it will
-    stray to (DAgger: Ross et al. 2011). Its frames are the walk's, its end points then go on from them."""
+    """Whole clips -> a window of them, its frames (the history of the pairs) as the teacher has walked them from the first: the
+    student, too, will stray, and must know the way on from there (DAgger: Ross et al. 2011)."""
     m, n, (B, F, *shape) = teacher.cfg, cfg.frames, clip.x0.shape
     before = m.chunk * int(rng.integers((F - n) // m.chunk + 1))
     kept, c2w, K = [0] * m.sink + [*range(before + m.sink, before + n)], clip.camera.c2w[:, :before + n], clip.camera.K[:, :before + n]
     x0 = walk_clip(teacher, c2w, K, clip.text, schedule(cfg.student_steps, m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device),
-                   clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n, context=.1)
+                   clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n, context=.1)    # as stage 1 walks
     camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=torch.full((B,), m.sink and before > 0)))
     return replace(clip, x0=x0[:, kept], eps=clip.eps[:, :n], camera=camera)
 
@@ -282,7 +282,7 @@ def main(cfg, stage):
     if cfg.method not in ('ode', 'cd') or cfg.teacher not in ('causal', 'bidirectional'):
         raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional')
     if cfg.teacher != 'causal' and (cfg.method == 'cd' or cfg.drift):
-        raise BadInput('--method cd and --drift walk with the causal teacher: --teacher bidirectional goes with --method ode alone')
+        raise BadInput('--method cd and --drift need the causal teacher: --teacher bidirectional goes with --method ode alone')
     if cfg.teacher_steps % cfg.student_steps:
         raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)
