@@ -11,7 +11,7 @@ Out: out/ode.safetensors (--method ode, Causal Forcing) or out/cd.safetensors (-
 
 --method ode makes pairs (state, end point) of the teacher's ODE once, then regresses them; 8 guided steps (--teacher_steps 8
 --guidance 1.3, as in run.sh) are better here than 48. --teacher bidirectional makes them with the stage-0 model, as CausVid and
-Self Forcing do, for comparison: a frame then depends on the noise of later ones, which a causal student cannot see. It blurs.
+Self Forcing do, for comparison: a frame then depends on the noise of later ones, which a causal student cannot see: blur.
 
 Different from minWM: 1) the clean history of the pairs is encoded once, not at each of the 48 steps; 2) one set of pairs
 serves 4, 2 and 1 steps; 3) times and dt in float32, masters in float32 (in bfloat16 dt is wrong by up to 64 %).
