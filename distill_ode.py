@@ -2,19 +2,19 @@
 Stage 2: the multi-step causal model learns to jump, in 4, 2 or 1 steps, to where its own flow would have ended.
 
 In:  clips with poses and the causal model (out/ar.safetensors), which is both teacher and start.
-Out: out/ode.safetensors (--method ode, Causal Forcing) or out/cd.safetensors (--method cd, Causal Forcing++). One
-     student does 4, 2 and 1 steps: the times of fewer are among those of more.
+Out: out/ode.safetensors (--method ode, Causal Forcing) or out/cd.safetensors (--method cd, Causal Forcing++): for 4, 2 and 1 steps.
 
     python distill_ode.py --method cd                                                     # laptop
     torchrun --nproc_per_node=1 distill_ode.py --method cd --batch 64                     # one GPU
     torchrun --nproc_per_node=8 distill_ode.py --method cd --batch 256                    # eight
 
---method ode makes pairs (state, end point) of the teacher's ODE once, then regresses them; 8 guided steps (--teacher_steps 8
---guidance 1.3, as in run.sh) are better here than 48. --teacher bidirectional makes them with the stage-0 model, as CausVid and
-Self Forcing do, for comparison: a frame then depends on the noise of later ones, which a causal student cannot see: blur.
+--method ode makes pairs (state, end point) of the teacher's ODE once, then regresses them; few guided steps (--teacher_steps,
+--guidance) are better here than 48. --teacher bidirectional makes them with the stage-0 model, as CausVid and Self Forcing do,
+for comparison: a frame then depends on the noise of later ones, which a causal student cannot see: blur.
 
-Different from minWM: 1) the clean history of the pairs is encoded once, not at each of the 48 steps; 2) one set of pairs
-serves 4, 2 and 1 steps; 3) times and dt in float32, masters in float32 (in bfloat16 dt is wrong by up to 64 %).
+Different from minWM: 1) the history is encoded once, not at each of the teacher's steps, and noised as in stage 1, or the student
+forgets what a walk's history looks like; 2) one set of pairs, from any number of steps, serves 4, 2 and 1; 3) times and dt in
+float32, masters in float32 (in bfloat16 dt is wrong by up to 64 %).
 """
 import json
 import os
@@ -68,6 +68,8 @@ class Config:
     pairs: int = 256              # clips of the ode method
     pair_batch: int = 32          # as many of them are integrated at once
     drift: float = 0.0            # share of these batches whose history is what the teacher has walked
+    context_noise: float = 0.3    # the history is noised up to this time, as in stage 1 (0: clean, as in the papers)
+    context: float = 0.1          # noise level of a walk's own history
     # run
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda | mps
@@ -83,35 +85,41 @@ class Config:
 # -----------------------------------------------------------------------------
 # the lesson, 1: pairs of the probability-flow ODE (Causal Forcing, section 3.2)
 
+def noised_history(cfg, batch, m):
+    """The batch with its frames noised as stage 1 noises the history, and their times (B, F): teacher and student see the same."""
+    F = batch.x0.shape[1]
+    level = cfg.context_noise * batch.u[:, F + 4:][:, chunk_ids(F, m.chunk, m.first)]
+    return replace(batch, x0=add_noise(batch.x0, batch.eps, level)), level
+
+
 @torch.no_grad()
-def ode_states(model, batch, times, keep, causal=True, guidance=1.0, over='camera'):
-    """Integrate the teacher's ODE by Euler steps through `times`: the states at the steps `keep` and the end point,
-    (B, len(keep) + 1, F, C, H, W). Noise to frame is then a function of what a causal student sees: its own noise and
-    the true history. With causal=False the bidirectional teacher runs on the whole clip, frame 0 given. guidance: its
-    branch without camera or prompt (`over`) shares the batch."""
+def ode_states(model, batch, level, times, at, causal=True, guidance=1.0, over='camera'):
+    """Integrate the teacher's ODE by Euler steps through `times`: the states at the times `at`, on the straight lines
+    of the steps, and the end point, (B, len(at) + 1, F, C, H, W). Noise to frame is then a function of what a causal
+    student sees: its own noise and the history, batch.x0 at times `level`. With causal=False the bidirectional teacher
+    runs on the whole clip, frame 0 given. guidance: its branch without camera or prompt (`over`) shares the batch."""
     B, F, _, H, W = batch.x0.shape
     x, states, text, camera = batch.eps.clone(), [], batch.text, batch.camera
     twice = (lambda y: torch.cat([y, y])) if guidance != 1 else (lambda y: y)
     if guidance != 1:
         no_text, no_camera = without(over, text, camera)
         text, camera = torch.cat([text, no_text]), Camera.cat([camera, no_camera], 0)
-    if causal:                                   # all chunks in parallel: the clean half is encoded once, into a cache
+    if causal:                                   # all chunks in parallel: the history is encoded once, into a cache
         ids = chunk_ids(F, model.cfg.chunk, model.cfg.first)
         cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, x.device)
-        model(twice(batch.x0), torch.zeros(len(text), F, device=x.device), text, camera, causal_mask(ids), cache=cache)
+        model(twice(batch.x0), twice(level), text, camera, causal_mask(ids), cache=cache)
         cache.end = F
         known = dict(mask=teacher_forcing_mask(ids)[F:], pos=range(F), cache=cache)
     else:
         x[:, 0], known = batch.x0[:, 0], {}
-    for i, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
-        if i in keep:
-            states.append(x)
+    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
         time = torch.full((B, F), t, device=x.device)
         time[:, 0] *= causal                                                  # the given frame stays at t = 0
         v = model(twice(x), twice(time), text, camera, **known)
         if guidance != 1:
             v = v[B:] + guidance * (v[:B] - v[B:])
         v[:, 0] *= causal
+        states += [x + (s - t) * v for s in at.tolist() if t_next < s <= t]
         x = x + (t_next - t) * v
     return torch.stack([*states, x], 1)
 
@@ -119,14 +127,14 @@ def ode_states(model, batch, times, keep, causal=True, guidance=1.0, over='camer
 def ode_loss(net, cfg, batch):
     """Regress a state of the ODE to its end point: (scalar, squared errors of x0 (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
-    states, batch.camera.step = batch.more
+    states, batch.camera.step, level = batch.more
     # 1) one of the student's times for each clip, and the teacher's state there
     times = schedule(cfg.student_steps, net.cfg.shift).to(states.device)
     s = (batch.u[:, 0] * cfg.student_steps).long()
     x_t, t = states[range(B), s].float(), times[s][:, None].expand(B, F)
-    # 2) the student sees the true history; after the bidirectional teacher, the noisy past of the same trajectory
+    # 2) the student sees the teacher's history; after the bidirectional teacher, the noisy past of the same trajectory
     if cfg.teacher == 'causal':
-        v = teacher_forced(net, net.cfg, batch, x_t, t)
+        v = teacher_forced(net, net.cfg, batch, x_t, t, level)
     else:
         t = t.clone()
         t[:, 0] = 0
@@ -147,18 +155,19 @@ def cd_loss(net, cfg, batch, teacher, averaged):
     i = (batch.u[:, 0] * cfg.teacher_steps).long()
     t, t_next = grid[i][:, None].expand(B, F), grid[i + 1][:, None].expand(B, F)
     x_t = add_noise(batch.x0, batch.eps, t)
+    batch, level = noised_history(cfg, batch, net.cfg)
     with torch.no_grad():
         # 2) the frozen teacher goes one Euler step from t to t'
-        v = teacher_forced(teacher, net.cfg, batch, x_t, t)
+        v = teacher_forced(teacher, net.cfg, batch, x_t, t, level)
         if cfg.guidance != 1:
             text, camera = without(cfg.over, batch.text, batch.camera)
-            null = teacher_forced(teacher, net.cfg, replace(batch, text=text, camera=camera), x_t, t)
+            null = teacher_forced(teacher, net.cfg, replace(batch, text=text, camera=camera), x_t, t, level)
             v = null + cfg.guidance * (v - null)
         x_next = x_t + (t_next - t)[..., None, None, None] * v
         # 3) the student's EMA jumps from there: the target. At t' = 0 it is x' itself, the boundary condition
-        target = v_to_x0(x_next, teacher_forced(averaged, net.cfg, batch, x_next, t_next), t_next)
+        target = v_to_x0(x_next, teacher_forced(averaged, net.cfg, batch, x_next, t_next, level), t_next)
     # 4) the student jumps from t
-    error = (v_to_x0(x_t, teacher_forced(net, net.cfg, batch, x_t, t), t) - target).square().mean((2, 3, 4))
+    error = (v_to_x0(x_t, teacher_forced(net, net.cfg, batch, x_t, t, level), t) - target).square().mean((2, 3, 4))
     return error.mean(), error, t
 
 # -----------------------------------------------------------------------------
@@ -171,8 +180,8 @@ def walked(teacher, cfg, clip, rng):
     m, n, (B, F, *shape) = teacher.cfg, cfg.frames, clip.x0.shape
     before = m.chunk * int(rng.integers((F - n) // m.chunk + 1))
     kept, c2w, K = [0] * m.sink + [*range(before + m.sink, before + n)], clip.camera.c2w[:, :before + n], clip.camera.K[:, :before + n]
-    x0 = walk_clip(teacher, c2w, K, clip.text, schedule(cfg.student_steps, m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device),
-                   clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n, context=.1)    # as stage 1 walks
+    times, noise = schedule(min(cfg.student_steps, cfg.teacher_steps), m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device)
+    x0 = walk_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n, context=cfg.context)
     camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=torch.full((B,), m.sink and before > 0)))
     return replace(clip, x0=x0[:, kept], eps=clip.eps[:, :n], camera=camera)
 
@@ -181,7 +190,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     """Integrate cfg.pairs clips, cfg.pair_batch at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
-    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'drift', 'seed')}
+    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'drift', 'context_noise', 'seed')}
     with open(path, 'rb') as f:
         recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
@@ -198,11 +207,12 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
             batch, rng = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device), np.random.default_rng([12, cfg.seed, a])
             if rng.random() < cfg.drift:
                 batch = walked(teacher, cfg, get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device, whole=True), rng)
+            batch, level = noised_history(cfg, batch, teacher.cfg)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                states = ode_states(teacher, batch, schedule(cfg.teacher_steps, teacher.cfg.shift),
-                                    range(0, cfg.teacher_steps, cfg.teacher_steps // cfg.student_steps), cfg.teacher == 'causal', cfg.guidance, cfg.over)
+                times, at = (schedule(n, teacher.cfg.shift) for n in (cfg.teacher_steps, cfg.student_steps))
+                states = ode_states(teacher, batch, level, times, at[:-1], cfg.teacher == 'causal', cfg.guidance, cfg.over)
             tensors = dict(latents=batch.x0.half(), c2w=batch.camera.c2w, K=batch.camera.K[:, 0].contiguous(), step=batch.camera.step,
-                           states=states.half())
+                           states=states.half(), level=level)
             if clips.embedded:
                 tensors['text'] = batch.text[:, :(batch.text != 0).any(2).sum(1).max()].bfloat16()
             save_tensors(f'{folder}/{name}', {k: v.cpu() for k, v in tensors.items()}, {'captions': batch.captions})
@@ -224,7 +234,7 @@ def evaluate(model, cfg, clips, device, strip=None):
 
     def generate(c2w, steps):
         return decode(walk_clip(model, c2w, batch.camera.K, batch.text, schedule(steps, model.cfg.shift),
-                                noise_for(range(n), batch.x0.shape[2:], device), batch.x0[:, :1], window=cfg.frames, renoise=True))
+                                noise_for(range(n), batch.x0.shape[2:], device), batch.x0[:, :1], window=cfg.frames, renoise=True, context=cfg.context))
     for steps in (4, 2, 1):
         walk = generate(batch.camera.c2w, steps)
         right, wrong = (psnr(x, truth).mean(0).tolist() for x in (walk, generate(batch.camera.c2w.roll(-1, 0), steps)))
@@ -232,14 +242,14 @@ def evaluate(model, cfg, clips, device, strip=None):
         metrics |= {f'psnr@1{name}': right[1], f'psnr@{last}{name}': right[last], f'gap@{last}{name}': right[last] - wrong[last]}
         if strip and steps == 4:
             write_strip(strip, truth[:6], walk[:6])
-    part = get_batch(clips, 0, min(16, cfg.pair_batch, n), cfg.frames, model.cfg, cfg.seed, device)
+    part, level = noised_history(cfg, get_batch(clips, 0, min(16, cfg.pair_batch, n), cfg.frames, model.cfg, cfg.seed, device), model.cfg)
     half = device.type == 'cuda' and pick_device(cfg.device, cfg.dtype)[1] != torch.float32      # a Wan clip's cache is large
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        states = ode_states(load_model(cfg.init, device)[0], part, schedule(cfg.teacher_steps, model.cfg.shift),
-                            range(0, cfg.teacher_steps, cfg.teacher_steps // cfg.student_steps), guidance=cfg.guidance, over=cfg.over)
-    for s, t in enumerate(schedule(cfg.student_steps, model.cfg.shift)[:-1].tolist()):
+        times, at = (schedule(n, model.cfg.shift) for n in (cfg.teacher_steps, cfg.student_steps))
+        states = ode_states(load_model(cfg.init, device)[0], part, level, times, at[:-1], guidance=cfg.guidance, over=cfg.over)
+    for s, t in enumerate(at[:-1].tolist()):
         t = torch.full(part.x0.shape[:2], t, device=device)
-        jump = v_to_x0(states[:, s], teacher_forced(model, model.cfg, part, states[:, s], t), t)
+        jump = v_to_x0(states[:, s], teacher_forced(model, model.cfg, part, states[:, s], t, level), t)
         metrics[f'to end, t {t[0, 0]:.2f}'] = (jump - states[:, -1]).square().mean().item()
     return metrics
 
@@ -283,11 +293,11 @@ def main(cfg, stage):
         raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional')
     if cfg.teacher != 'causal' and (cfg.method == 'cd' or cfg.drift):
         raise BadInput('--method cd and --drift need the causal teacher: --teacher bidirectional goes with --method ode alone')
-    if cfg.teacher_steps % cfg.student_steps:
-        raise BadInput(f'--student_steps {cfg.student_steps} does not divide --teacher_steps {cfg.teacher_steps}')
+    if cfg.teacher != 'causal':
+        cfg.context_noise = cfg.context = 0.0                                 # its student sees no history but the given frame
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)
     if cfg.method == 'ode':
-        clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states', 'step'))
+        clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states', 'step', 'level'))
         loss_fn = ode_loss
     else:
         average, _ = load_model(cfg.init, device)

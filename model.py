@@ -307,20 +307,13 @@ def sinusoid(t, dim):
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)                                  # a table made while streaming may serve training
-def rotary_table(pos, h, w, Dh, device, riflex=None):
+def rotary_table(pos, h, w, Dh, device):
     """Unit complex numbers (len(pos) h w, 1, Dh / 2), complex64, for frames at positions `pos` of an h x w grid.
 
-    Dh / 2 is shared by frame, row and column as in Wan, each axis with its own spectrum of base 10000. riflex: (frames
-    trained on, frames of the window now): the first frequency whose period exceeds the trained length is lowered so that
-    it does not repeat within the window (RIFLEx, Zhao et al. 2025, algorithm 1, with the 10 % margin of its code).
-    """
+    Dh / 2 is shared by frame, row and column as in Wan, each axis with its own spectrum of base 10000."""
     spectrum = lambda n: 10000 ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
     n = 2 * (Dh // 6)
-    frame = spectrum(Dh - 2 * n)
-    if riflex:
-        k = int((2 * math.pi / frame > riflex[0]).nonzero()[0])
-        frame[k] = min(frame[k].item(), .9 * 2 * math.pi / riflex[1])
-    f = torch.tensor(pos, dtype=torch.float64)[:, None] * frame
+    f = torch.tensor(pos, dtype=torch.float64)[:, None] * spectrum(Dh - 2 * n)
     y, x = (torch.arange(s, dtype=torch.float64)[:, None] * spectrum(n) for s in (h, w))
     angle = torch.cat([f[:, None, None].expand(-1, h, w, -1), y[None, :, None].expand(len(pos), -1, w, -1),
                        x[None, None].expand(len(pos), h, -1, -1)], -1)
@@ -466,7 +459,7 @@ class DiT(nn.Module):
             zero += [self.camera_embedding, self.camera_motion]
         for layer in zero:
             nn.init.zeros_(layer.weight)
-        self.riflex, self.checkpoint = None, False
+        self.checkpoint = False
 
     def embed_camera(self, camera, H, W):
         """What the network is told of a Camera, float32, for latents of H x W: Plücker, added to the tokens (B, S, D) and to
@@ -502,7 +495,7 @@ class DiT(nn.Module):
         start = cache.gone + cache.end if cache is not None else 0
         pos = tuple(range(start, start + n)) if pos is None else tuple(pos)
         mask = mask if mask is None else mask_rows(mask)
-        table = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device, self.riflex)
+        table = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device)
 
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b (f h w) (c p q)', p=p, q=p)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)   # (B, S, D)
@@ -551,14 +544,14 @@ def without(over, text, camera):
     return (text, replace(camera, on=off)) if over == 'camera' else (torch.zeros_like(text), camera)
 
 
-def teacher_forced(net, cfg, batch, x_t, t, history=None, t_history=None):
-    """v (B, F, C, H, W) of x_t at times t (B, F), each chunk upon what came before it, by default the batch's clean frames, in
-    one pass over [history | noisy]: same positions, same cameras. The last chunk is nobody's history and stays out."""
+def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
+    """v (B, F, C, H, W) of x_t at times t (B, F), each chunk upon the batch's frames before it, at times t_history (None: clean),
+    in one pass over [history | noisy]: same positions, same cameras. The last chunk is nobody's history and stays out."""
     F, camera, ids = x_t.shape[1], batch.camera, chunk_ids(x_t.shape[1], cfg.chunk, cfg.first)
     h = int((ids < ids[-1]).sum())
-    history, t_history = (batch.x0, torch.zeros_like(t)) if history is None else (history, t_history)
+    t_history = torch.zeros_like(t) if t_history is None else t_history
     past, seen = Camera(camera.c2w[:, :h], camera.K[:, :h], camera.on, camera.step[:, :h]), [*range(h), *range(F, 2 * F)]
-    return net(torch.cat([history[:, :h], x_t], 1), torch.cat([t_history[:, :h], t], 1), batch.text, Camera.cat([past, camera]),
+    return net(torch.cat([batch.x0[:, :h], x_t], 1), torch.cat([t_history[:, :h], t], 1), batch.text, Camera.cat([past, camera]),
                mask=teacher_forcing_mask(ids)[seen][:, seen], pos=[*range(h), *range(F)], last=F)
 
 # -----------------------------------------------------------------------------

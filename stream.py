@@ -61,7 +61,6 @@ class Config:
     over: str = 'camera'          # what guidance drops: camera | text
     window: int = 0               # frames the cache holds; 0: as trained
     context: float = -1.0         # noise level of the walk's own history; -1: as distilled
-    riflex: bool = False          # for a window longer than trained (not live)
     seed: int = 0
     # instead of a walk to a file
     live: bool = False            # in the browser
@@ -614,8 +613,6 @@ def main(cfg):
         return live(cfg, device, dtype)
     model, header, codec = load(cfg.ckpt, device, cfg.data)
     model = model.to(dtype).eval()
-    if cfg.riflex:
-        model.riflex = header['frames'], cfg.window or header['frames']
     cfg.steps = cfg.steps or (4 if header['stage'] in DISTILLED else 8)
     for name, work in (('score', score), ('bench', bench)):
         if path := getattr(cfg, name):

@@ -94,7 +94,7 @@ def loss_fn(model, cfg, batch, dreamt=None):
     history = add_noise(batch.x0 if dreamt is None else dreamt, batch.eps, t_history)
     # 4) the history and the noisy video in one sequence: same positions, same cameras.
     #    The mask (model.py draws it) lets noisy chunk i see history chunks < i and itself
-    v = teacher_forced(model, model.cfg, replace(batch, text=text, camera=camera), x_t, t, history, t_history)
+    v = teacher_forced(model, model.cfg, replace(batch, x0=history, text=text, camera=camera), x_t, t, t_history)
     # 5) the loss is on all noisy frames, frame 0 included: from the prompt alone it must be dreamt
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4)) * (bell_weight(t) if cfg.bell else 1)
     return error.mean(), error, t

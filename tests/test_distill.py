@@ -54,7 +54,7 @@ def test_what_is_nobodys_history_is_not_missed(chunk, frames):
     x_t, history = (add_noise(data.x0, data.eps, t) for t in u)
     camera = dataclasses.replace(data.camera, on=torch.tensor([True, False, True]))
     with torch.no_grad():
-        got = teacher_forced(model, model.cfg, dataclasses.replace(data, camera=camera), x_t, u[0], history, u[1])
+        got = teacher_forced(model, model.cfg, dataclasses.replace(data, x0=history, camera=camera), x_t, u[0], u[1])
         want = model(torch.cat([history, x_t], 1), torch.cat([u[1], u[0]], 1), data.text, Camera.cat([camera, camera]),
                      teacher_forcing_mask(chunk_ids(frames, chunk, 1)), [*range(frames)] * 2)[:, frames:]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
@@ -65,9 +65,9 @@ def test_what_is_nobodys_history_is_not_missed(chunk, frames):
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('over', ['camera', 'text'])
 def test_guidance_of_the_teacher(over, causal):
-    net, data = tiny_model(), batch()
+    net, data, clean = tiny_model(), batch(), torch.zeros(B, F)
     off = dict(text=torch.zeros_like(data.text)) if over == 'text' else dict(camera=dataclasses.replace(data.camera, on=torch.zeros(B, dtype=torch.bool)))
-    one = lambda data, s=1.0: distill_ode.ode_states(net, data, schedule(1, 3.0), [0], causal, s, over)[:, -1]
+    one = lambda data, s=1.0: distill_ode.ode_states(net, data, clean, schedule(1, 3.0), torch.ones(1), causal, s, over)[:, -1]
     cond, null = one(data), one(dataclasses.replace(data, **off))
     assert (cond - null).abs().max() > 1e-3
     torch.testing.assert_close(one(data, 3.0), null + 3 * (cond - null), rtol=0, atol=1e-4)
@@ -77,8 +77,7 @@ def test_guidance_of_the_teacher(over, causal):
 def test_ode_pairs_of_a_gaussian_are_its_flow_map(causal):
     net, data, error = Gaussian(), batch(), {}
     for steps in (48, 96):
-        times, keep = schedule(steps, 3.0), range(0, steps, steps // 4)
-        states = distill_ode.ode_states(net, data, times, keep, causal)
+        states = distill_ode.ode_states(net, data, torch.zeros(B, F), schedule(steps, 3.0), schedule(4, 3.0)[:-1], causal)
         given = 0 if causal else 1                             # the bidirectional teacher is given frame 0
         assert states.shape == (B, 5, F, 16, H, W) and torch.equal(states[:, 0, given:], data.eps[:, given:])
         if not causal:
@@ -90,13 +89,21 @@ def test_ode_pairs_of_a_gaussian_are_its_flow_map(causal):
     assert error[48] < .15 and error[96] == pytest.approx(error[48] / 2, rel=.2)         # Euler: first order
 
 
+def test_states_between_two_steps_are_what_fresh_noise_upon_the_end_point_would_be():
+    """Of one Euler step every state is (1 - t) end + t noise: a student of 4 times learns from it as one of 1 does."""
+    data, at = batch(), schedule(4, 3.0)[:-1]
+    states = distill_ode.ode_states(Gaussian(), data, torch.zeros(B, F), schedule(1, 3.0), at)
+    for x, t in zip(states[:, :-1].unbind(1), at):
+        torch.testing.assert_close(x, add_noise(states[:, -1], data.eps, t.expand(B, F)), rtol=0, atol=1e-5)
+
+
 def test_ode_loss_is_zero_for_the_exact_student_and_gives_it_the_states_own_time():
     student, data = Gaussian(jump=True), batch()
     cfg = distill_ode.Config(student_steps=4)
     times = schedule(4, 3.0)[:-1].view(1, 4, 1, 1, 1, 1)
     ends = student.end(data.eps, torch.ones(()))
     on_the_flow = MEAN * (1 - times) + (data.eps[:, None]) * ((1 - times) ** 2 * STD ** 2 + times ** 2).sqrt()
-    data = dataclasses.replace(data, more=(torch.cat([on_the_flow, ends[:, None]], 1), data.camera.step))
+    data = dataclasses.replace(data, more=(torch.cat([on_the_flow, ends[:, None]], 1), data.camera.step, torch.zeros(B, F)))
     loss, error, t = distill_ode.ode_loss(student, cfg, data)
     assert loss < 1e-10 and error.shape == (B, F) and (t == t[:, :1]).all() and set(t[:, 0].tolist()) <= set(schedule(4, 3.0).tolist())
     assert distill_ode.ode_loss(Gaussian(), cfg, data)[0] > 1e-2
@@ -110,12 +117,24 @@ def test_pairs_are_read_as_they_were_made(sink, drift, data, tmp_path):
     save_model(path, model.state_dict(), model.cfg, stage='ar', step=1)
     cfg = distill_ode.Config(teacher_steps=1, student_steps=1, pairs=16, pair_batch=2, frames=3, drift=drift, init=path, out=str(tmp_path))
     folder = distill_ode.make_pairs(cfg, Clips(data), model, torch.device('cpu'), torch.float32, print)
-    pairs = get_batch(Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'step')), 0, 32, 3, model.cfg)
+    pairs = get_batch(Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'step', 'level')), 0, 32, 3, model.cfg)
     from_elsewhere = (pairs.more[1][:, 1] == torch.eye(4)).all((1, 2))
     assert 6 < from_elsewhere.sum() < 30 if sink else from_elsewhere.sum() < 6
+    states, step, level = pairs.more
     with torch.no_grad():
-        loss = [distill_ode.ode_loss(model, cfg, dataclasses.replace(pairs, text=text))[0] for text in (pairs.text, pairs.text + 1)]
-    assert loss[0] < 1e-4 < 1e-2 < loss[1]
+        loss = [distill_ode.ode_loss(model, cfg, dataclasses.replace(pairs, **change))[0].item()
+                for change in ({}, dict(text=pairs.text + 1), dict(more=(states, step, 0 * level)))]
+    assert loss[0] < 1e-4 < 1e-2 < loss[1] and loss[2] > 10 * loss[0]
+
+
+def test_the_history_is_noised_as_its_times_say():
+    data, cfg = batch(), distill_ode.Config()
+    noised, level = distill_ode.noised_history(cfg, data, dataclasses.replace(TINY, chunk=2, first=1))
+    assert level.min() >= 0 and level.max() <= cfg.context_noise and len(set(level.flatten().tolist())) == 3 * B
+    assert (level[:, 1::2] == level[:, 2::2]).all()                                          # one time a chunk
+    assert torch.equal(noised.x0, add_noise(data.x0, data.eps, level)) and torch.equal(noised.eps, data.eps)
+    clean, level = distill_ode.noised_history(distill_ode.Config(context_noise=0.), data, TINY)
+    assert torch.equal(clean.x0, data.x0) and not level.any()
 
 
 @pytest.mark.parametrize('sink', [False, True])

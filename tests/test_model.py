@@ -241,13 +241,3 @@ def test_gate_passes_and_fails_by_the_committed_thresholds(preset):
         line = gate(stage, preset, worse)
         assert line.startswith('gate: FAIL') and '\n  ' in line
     assert 'none for preset' in gate('ar', 'wan-14b', {})
-
-
-def test_riflex_changes_nothing_within_the_trained_length_and_one_frequency_beyond():
-    pos = tuple(range(18))
-    plain, same, longer = (rotary_table(pos, 2, 2, 64, torch.device('cpu'), r) for r in (None, (9, 9), (9, 18)))
-    assert torch.equal(plain, same)
-    changed = (plain != longer).any(0)[0].nonzero().flatten().tolist()
-    assert len(changed) == 1                                  # and its period now exceeds the window
-    angle = torch.angle(longer.view(18, 4, -1)[1, 0, changed[0]])
-    assert 2 * torch.pi / angle == pytest.approx(18 / .9, rel=1e-5) and 2 * torch.pi / torch.angle(plain.view(18, 4, -1)[1, 0, changed[0]]) < 18
