@@ -32,7 +32,7 @@ recipe)
     python finetune_camera.py --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT"           ; took camera
     python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
     python distill_ode.py --teacher_steps 8 --guidance 1.3 --data "$DATA" --init "$OUT/ar.safetensors" --out "$OUT" ; took few-step
-    python distill_dmd.py --lr 1e-4 --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
+    python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
     python stream.py --ckpt "$OUT/dmd.safetensors" --clip 4 --keys "w*3,wl*3,l*2" --truth True --out "$OUT/walk.mp4"
     export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))     # two tables at a time, each on half of the cores
     python stream.py --ckpt "$OUT/ar.safetensors" --score "$OUT/ar.json" > "$OUT/ar.txt" &
