@@ -290,7 +290,7 @@ def main(cfg, stage):
     # -------------------------------------------------------------------------
     # the teacher, its pairs, the loss
     if cfg.method not in ('ode', 'cd') or cfg.teacher not in ('causal', 'bidirectional') or min(cfg.teacher_steps, cfg.student_steps) < 1:
-        raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional; --..._steps: at least one step')
+        raise BadInput(f'--method {cfg.method} --teacher {cfg.teacher}: choose ode or cd, causal or bidirectional, and at least one step of both')
     if cfg.teacher != 'causal' and (cfg.method == 'cd' or cfg.drift):
         raise BadInput('--method cd and --drift need the causal teacher: --teacher bidirectional goes with --method ode alone')
     if cfg.teacher != 'causal':
