@@ -190,7 +190,7 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     """Integrate cfg.pairs clips, cfg.pair_batch at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
     path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
-    recipe = {k: getattr(cfg, k) for k in ('teacher', 'frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'drift', 'context_noise', 'seed')}
+    recipe = {k: getattr(cfg, k) for k in 'teacher frames student_steps teacher_steps guidance over pairs pair_batch drift context_noise context seed'.split()}
     with open(path, 'rb') as f:
         recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
@@ -294,7 +294,7 @@ def main(cfg, stage):
     if cfg.teacher != 'causal' and (cfg.method == 'cd' or cfg.drift):
         raise BadInput('--method cd and --drift need the causal teacher: --teacher bidirectional goes with --method ode alone')
     if cfg.teacher != 'causal':
-        cfg.context_noise = cfg.context = 0.0                                 # its student sees no history but the given frame
+        cfg.context_noise = cfg.context = 0.0                                 # its student's history is the trajectory's noisy past
     teacher, _ = load_model(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, device)
     if cfg.method == 'ode':
         clips = Clips(make_pairs(cfg, clips, teacher, device, dtype, say, rank, world), keys=('latents', 'c2w', 'K', 'states', 'step', 'level'))

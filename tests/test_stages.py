@@ -58,6 +58,7 @@ def test_chain_leaves_checkpoints_logs_and_strips(chain):
         tensors, meta = load_tensors(f'{chain}/{stage}.safetensors')
         assert meta['stage'] == stage and meta['step'] in ((2, 4) if stage == 'dmd' else (4,)) and meta['data']['recipe']['world'] == 'lowpoly'
         assert ('camera_embedding.weight' in tensors) == (stage != 'base')
+        assert meta['context'] == {'ar': .1, 'ode': .1, 'cd': .1, 'dmd': .2}.get(stage, 0)     # how a walk noises its own history
         assert len(losses(chain, stage)) == 4
         score = 'val_loss' if stage == 'base' else 'psnr@1'                  # against steps, the last that of the checkpoint
         assert [step for step, _ in logged(score, chain, stage)] == [2, 4]
