@@ -269,7 +269,7 @@ class KVCache:
     cache writes its frames behind them, and repeating it (the next denoising step) overwrites the same place.
 
     k, v: per layer (B, frames * L, N, Dh), and as many again for the second attention of PRoPE, which must not share them.
-    text: per layer the keys and values of the prompt, filled at first use. gone: frames that `roll` has dropped.
+    text: per layer the prompt's keys and values, filled at first use. gone: frames that `roll` has dropped; sink: frame 0's old keys.
     Where gradient is enabled it is only read: to fill it, run the network under torch.no_grad().
     """
     def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
@@ -278,7 +278,7 @@ class KVCache:
         shape = cfg.num_layers * (1 + ('prope' in cfg.camera)), B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.frames, self.L, self.end, self.gone = frames, L, 0, 0
-        self.text = [None] * cfg.num_layers
+        self.text, self.sink = [None] * cfg.num_layers, None
 
     def update(self, layer, k, v):
         """Write this pass's k, v (B, n L, N, Dh) behind the final frames; return all keys and values so far."""
@@ -291,10 +291,14 @@ class KVCache:
         self.k[layer, :, a:b], self.v[layer, :, a:b] = k, v
         return self.k[layer, :, :b], self.v[layer, :, :b]
 
-    def roll(self, n):
-        """Drop the oldest n frames. The others keep their positions: rotary angles and PRoPE only know differences."""
-        self.k, self.v = (x.roll(-n * self.L, 2) for x in (self.k, self.v))    # new ones: checkpointed blocks may still read the old
-        self.end, self.gone = self.end - n, self.gone + n
+    def roll(self, n, sink=False):
+        """Drop the oldest n frames. The others keep their positions (only differences matter); a sink, frame 0, stays and moves on."""
+        a, b, layers = sink * self.L, (sink + n) * self.L, len(self.text)
+        self.k, self.v = (torch.cat([x[:, :, :a], x[:, :, b:], x[:, :, a:b]], 2) for x in (self.k, self.v))
+        self.end, self.gone = self.end - n, self.gone + n      # new tensors: checkpointed blocks may still read the old ones
+        if sink:                                               # from where it stood at first: rounding does not add up
+            self.sink = self.k[:layers, :, :a].clone() if self.sink is None else self.sink
+            self.k[:layers, :, :a] = rotate(self.sink, rotary_table((self.gone,), 1, 1, self.k.shape[-1], self.k.device))
 
 # -----------------------------------------------------------------------------
 # the transformer, under Wan2.1's parameter names
@@ -569,10 +573,9 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     noise      function n -> (B, n, C, H, W) that draws noise for n frames
     first      latents (B, n, C, H, W) of the first chunk, given at t = 0; else it is generated
     guidance   s in v = v_null + s (v_cond - v_null); the null branch, without camera or prompt (`over`), shares the batch
-    window     frames that the cache holds. When it is full the newest half is kept, its first frame becomes the
-               origin of the poses, and its clean latents are encoded anew in one pass: what training saw, nothing stale.
-               With cfg.sink the walk's first frame stays instead of the oldest of these, and is the origin.
-               Without Plücker maps, whose poses know an origin, the oldest chunks are dropped instead
+    window     frames that the cache holds. When it is full the oldest chunks leave; with cfg.sink the walk's first frame stays,
+               the origin of all poses, and without Plücker maps poses have none. Else the newest half is kept, its first frame
+               becomes the origin, and its clean latents are encoded anew in one pass: what training saw, nothing stale
     context    noise level at which generated frames enter the cache, as stage 1 trains for: it hides their faults
     renoise    False: Euler steps along the probability-flow ODE. True, for few-step models: predict x0, add fresh noise
                of the next time (the sampler of consistency models; an Euler step would keep the old noise)
@@ -638,20 +641,18 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
         yield x
         x, level = x.detach(), context if first is None or history else 0.0
         history.append((x, camera))
-        keep = m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk if 'plucker' in m.camera else n
+        rolls = m.sink or 'plucker' not in m.camera         # nothing in the cache knows an origin that moves
+        keep = m.sink + n if rolls else m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
         if keep + m.chunk > window:
             for _ in cameras:                               # too small only if another chunk is asked for
                 raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
-        elif cache.end + n + m.chunk <= window:
-            late = *final(x, level), told
-        elif 'plucker' not in m.camera:                     # nothing in the cache knows the origin: drop the oldest chunks
+        elif rolls or cache.end + n + m.chunk <= window:
             late = *final(x, level), told
             while cache.end + n + m.chunk > window:
-                cache.roll(history.pop(0)[0].shape[1])
+                cache.roll(history.pop(m.sink)[0].shape[1], m.sink)
         else:                                               # no room for another chunk: the newest half, from a new origin
-            seen, camera = torch.cat([y for y, _ in history], 1), Camera.cat([c for _, c in history])
-            kept = [0] * m.sink + [*range(m.sink - keep, 0)]
-            seen, camera = seen[:, kept], Camera(camera.c2w[:, kept], camera.K[:, kept], camera.on)
+            seen, camera = torch.cat([y for y, _ in history], 1)[:, -keep:], Camera.cat([c for _, c in history])
+            camera = Camera(camera.c2w[:, -keep:], camera.K[:, -keep:], camera.on)
             if torch.is_grad_enabled():                     # checkpointed blocks may still read the old one
                 cache.k, cache.v = cache.k.clone(), cache.v.clone()
             history, cache.end, origin = [(seen, camera)], 0, camera.c2w[:, 0]
@@ -1010,9 +1011,8 @@ def main(a):
     print(f'{a.ckpt}: preset {preset}, {P / 1e6:.2f} M parameters, stage {header["stage"]}, step {header["step"]}, camera {c.camera}{stored}\n{c}')
     cache = 4 * c.num_layers * (1 + ('prope' in c.camera)) * a.window * L * c.dim
     chunk, full, forced = flops(c, c.chunk, L, .75 * a.window), flops(c, a.frames, L, a.frames), forced_flops(c, a.frames, L)
-    rows = [('bidirectional step', 3 * full), ('teacher-forced step', 3 * forced), (f'a streamed chunk in {a.steps} steps', (a.steps + 1) * chunk)]
     print(f'{a.height} x {a.width} pixels, {L} tokens a frame, clips of {a.frames} frames, a window of {a.window}, batch 1, computed:')
-    for name, n in rows:
+    for name, n in (('bidirectional step', 3 * full), ('teacher-forced step', 3 * forced), (f'a streamed chunk in {a.steps} steps', (a.steps + 1) * chunk)):
         print(f'  {name:32s} {n / 1e12:12.4g} TFLOP')
     for name, n in (('weights, gradient, Adam, EMA: fp32', 20 * P), ('tokens kept, a checkpoint a block', 8 * a.frames * L * c.dim * c.num_layers),
                     ('streaming, bf16: weights', 2 * P), ('streaming, bf16: cache', cache)):

@@ -60,11 +60,10 @@ def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, 
         torch.testing.assert_close(v[:, rows], want[:, rows], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('sink', [False, True])
 @pytest.mark.parametrize('chunk, window, frames', [(1, 6, 16), (4, 9, 21), (2, 7, 17)])
-def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames, sink):
-    """Each denoising call equals a teacher-forced forward of the window it saw, its first frame the origin: with a sink the walk's."""
-    model, calls = tiny_model(chunk=chunk, sink=sink), []
+def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
+    """Each denoising call equals a teacher-forced forward of the window it saw, its first frame the origin."""
+    model, calls = tiny_model(chunk=chunk), []
     x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
     assert torch.isfinite(x0).all()
     encoded = [i for i, c in enumerate(calls) if c[1].max() == 0 and c[2] == 0 and i > 0]
@@ -74,10 +73,8 @@ def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames, 
         if t.max() == 0:
             done += chunk if i in encoded else x.shape[1]
             continue
-        lo = done - end                                       # the window's first frame, in the whole walk
-        seen, n, jump = [*range(lo, done + x.shape[1])], x.shape[1], torch.full((2,), sink and lo > 0)
-        seen[0] *= not sink
-        c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen], step=steps(camera.c2w[:, seen], jump=jump))
+        seen, n = slice(done - end, done + x.shape[1]), x.shape[1]                 # the window, in the whole walk
+        c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen])
         clean, times = x0[:, seen], torch.cat([torch.zeros(2, end), t], 1)
         ids = torch.cat([torch.arange(1), 1 + torch.arange(end - 1) // chunk, torch.full((n,), 10 ** 6)])
         F = end + n
@@ -87,33 +84,38 @@ def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames, 
         torch.testing.assert_close(v, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('camera, sink', [('prope', False), ('plucker', True), ('plucker+prope', True)])
 @pytest.mark.parametrize('chunk, window, frames', [(1, 4, 11), (2, 7, 17)])
-def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, frames):
-    """With PRoPE alone nothing in the cache knows an origin: whole chunks leave at its far end, the others stay as they are.
+def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, frames, camera, sink):
+    """Where nothing in the cache knows an origin that moves, whole chunks leave at its far end, the others stay as they are. A sink
+    stays, right before the oldest of them: the forward pass has a copy of it for every place that it takes.
     A chunk's clean pass goes along with the next one's first step, when room for that one has been made."""
-    model, calls = tiny_model(chunk=chunk, camera='prope'), []
+    model, calls = tiny_model(chunk=chunk, camera=camera, sink=sink), []
     x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
     ids = chunk_ids(frames, chunk)
-    ends = torch.tensor([int((ids <= i).sum()) for i in range(int(ids.max()) + 2)])                  # one past a chunk's last frame
-    def oldest(i):                                              # first frame in the cache when chunk i is denoised
-        starts = [0] + ends[:-1].tolist()
-        return next(a for a in starts if min(ends[i], frames + chunk) - a <= window) if i <= ids.max() else \
-            next(a for a in starts if frames + chunk - a <= window)
-    mask = teacher_forcing_mask(ids)
-    for q in range(frames):
-        mask[q, :oldest(int(ids[q]) + 1)] = False
-        mask[frames + q, :oldest(int(ids[q]))] = False
-    camera = Camera(relative(camera.c2w), camera.K)
-    noisy, at = [c for c in calls if c[1].max() > 0], {}
+    ends = [int((ids <= i).sum()) for i in range(int(ids.max()) + 2)]                                # one past a chunk's last frame
+    ends[-1] = frames + chunk                                                                        # of a chunk that never comes
+    oldest = [next(a for a in [0] + ends if b - max(a, sink) + sink <= window) for b in ends]        # in the cache, but for the sink
+    copies = frames * sink
+    mask = torch.zeros(copies + 2 * frames, copies + 2 * frames, dtype=torch.bool)
+    mask[:copies, :copies], mask[copies:, copies:] = torch.eye(copies), teacher_forcing_mask(ids)
+    for q in range(2 * frames):
+        a = oldest[int(ids[q % frames]) + (q < frames)]
+        mask[copies + q, copies:copies + max(a, sink)] = False
+        if sink:
+            mask[copies + q, max(a - 1, 0)] = True
+    rows, pos = [0] * copies + [*range(frames)] * 2, [*range(copies)] + [*range(frames)] * 2
+    camera = Camera(relative(camera.c2w)[:, rows], camera.K[:, rows], step=steps(camera.c2w)[:, rows])
+    noisy = [c for c in calls if c[1].max() > 0]
     assert max(c[2] + c[0].shape[1] for c in calls) <= window
     for step in range(3):
         x_t, v, times = x0.clone(), torch.zeros_like(x0), torch.zeros(2, frames)
         for i, (x, t, _, out) in enumerate(noisy[step::3]):
-            seen = slice(int(ends[i]), int(ends[i + 1]))
+            seen = slice(ends[i], ends[i] + chunk)
             x_t[:, seen], v[:, seen], times[:, seen] = x, out, t
         with torch.no_grad():
-            want = model(torch.cat([x0, x_t], 1), torch.cat([0 * times, times], 1), text, Camera.cat([camera, camera]), mask, [*range(frames)] * 2)
-        torch.testing.assert_close(v[:, 1:], want[:, frames + 1:], rtol=0, atol=1e-5)
+            want = model(torch.cat([x0[:, rows[:-frames]], x_t], 1), torch.cat([torch.zeros(2, copies + frames), times], 1), text, camera, mask, pos)
+        torch.testing.assert_close(v[:, 1:], want[:, 1 - frames:], rtol=0, atol=1e-5)
 
 
 def test_a_long_walk_never_leaves_the_window():
