@@ -50,7 +50,7 @@ class Config:
     accum: int = 1                # micro-batches an update, on each process
     critic: int = 4               # updates of the fake score, upon the same walk, for one of the generator
     # optimizer
-    lr: float = 7e-5
+    lr: float = 1e-4
     critic_lr: float = 1e-3
     warmup: int = 10              # steps
     decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0

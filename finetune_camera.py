@@ -5,7 +5,7 @@ In:  clips with poses (data/lowpoly, made if missing) and a base model (out/base
 Out: out/camera.safetensors. With --camera none it trains that base model itself, a text-and-image-to-video model
      without cameras that stands in for Wan2.1: out/base.safetensors.
 
-    python finetune_camera.py --camera none && python finetune_camera.py                  # laptop
+    python finetune_camera.py --camera none && python finetune_camera.py --sink True      # laptop
     torchrun --nproc_per_node=1 finetune_camera.py --preset small --batch 64              # one GPU
     torchrun --nproc_per_node=8 finetune_camera.py --preset small --batch 256             # eight
 
@@ -38,7 +38,7 @@ class Config:
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/base.safetensors'
     camera: str = 'plucker'       # plucker | none: train the base model
-    sink: bool = False            # learn to keep a walk's first frame in the window (clips much longer than --frames)
+    sink: bool = False            # learn to keep a walk's first frame in the window (clips longer than --frames)
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths

@@ -29,7 +29,7 @@ recipe)
     took() { echo "--- $1: $((SECONDS - start)) s since the start"; }
     python data.py --world lowpoly --plans "$PLANS" --out "$DATA"                                  ; took clips
     python finetune_camera.py --camera none --steps 300 --data "$DATA" --out "$OUT"                 ; took base
-    python finetune_camera.py --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT"           ; took camera
+    python finetune_camera.py --sink True --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT" ; took camera
     python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
     python distill_ode.py --teacher_steps 8 --guidance 1.3 --data "$DATA" --init "$OUT/ar.safetensors" --out "$OUT" ; took few-step
     python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD

@@ -37,7 +37,7 @@ class Config:
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/camera.safetensors'
     chunk: int = 0                # frames denoised together, after a first one alone; 0: as the model is
-    sink: bool = False            # learn to keep a walk's first frame in the window (clips much longer than --frames)
+    sink: bool = False            # learn to keep a walk's first frame in the window (clips longer than --frames)
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
     # lengths
