@@ -41,9 +41,9 @@ def test_unmasked_attention_equals_float64(queries):
     assert (got - want).abs().max() < 2e-2 * want.abs().max()
 
 
-def network():
+def network(sink=True):
     torch.manual_seed(0)
-    model = DiT(dataclasses.replace(PRESETS['tiny'], sink=True))
+    model = DiT(dataclasses.replace(PRESETS['tiny'], sink=sink))
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=.1)
@@ -81,9 +81,10 @@ def test_compiled_blocks_give_the_same_loss_and_gradient():
         assert (a - b).norm() < 3e-2 * a.norm() + 1e-6
 
 
-def test_a_walk_equals_the_cpus():
-    """Twenty frames: the window fills and is encoded anew twice."""
-    model, c2w, K = network(), keys_to_poses('w*9,wl*10')[None], torch.tensor([.5, .5, .5, .5]).expand(1, 20, 4)
+@pytest.mark.parametrize('sink', [False, True])
+def test_a_walk_equals_the_cpus(sink):
+    """Twenty frames: the window fills and is encoded anew, or with a sink rolls on."""
+    model, c2w, K = network(sink), keys_to_poses('w*9,wl*10')[None], torch.tensor([.5, .5, .5, .5]).expand(1, 20, 4)
     walks = [walk_clip(model.to(d), c2w.to(d), K.to(d), embed_text(['red walls'], 16, 64).to(d), schedule(4, 4.),
                        noise_for([0], (16, 8, 8), d), window=9).detach().cpu() for d in ('cpu', 'cuda')]
     assert (walks[0] - walks[1]).abs().max() < 1e-3 * walks[0].abs().max()

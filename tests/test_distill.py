@@ -341,12 +341,12 @@ def test_both_scores_are_told_the_time_that_noised_their_input(nets, p_first):
     assert (t[:, given:] != earlier[:, given:]).all() and torch.equal(seen['fake'][3].c2w, walked[2].camera.c2w)
 
 
-@pytest.mark.parametrize('camera', ['plucker', 'prope'])
-def test_checkpointed_blocks_compute_again_from_the_cache_as_it_was(camera):
+@pytest.mark.parametrize('camera, sink', [('plucker', False), ('plucker', True), ('prope', False)])
+def test_checkpointed_blocks_compute_again_from_the_cache_as_it_was(camera, sink):
     """The window is full while gradient is recorded, so the cache is encoded anew (or rolls on) before the backward pass."""
     data, grads = batch(), []
     for on in (False, True):
-        model = tiny_model(camera=camera)
+        model = tiny_model(camera=camera, sink=sink)
         model.checkpoint = on
         cameras = [Camera(c, k) for c, k in zip(keys_to_poses('w*2,wl*6').expand(B, -1, 4, 4).split(1, 1), intrinsics(90, 1).expand(B, 9, 4).split(1, 1))]
         rng = torch.Generator().manual_seed(0)
