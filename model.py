@@ -573,9 +573,9 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     noise      function n -> (B, n, C, H, W) that draws noise for n frames
     first      latents (B, n, C, H, W) of the first chunk, given at t = 0; else it is generated
     guidance   s in v = v_null + s (v_cond - v_null); the null branch, without camera or prompt (`over`), shares the batch
-    window     frames that the cache holds. When it is full the oldest chunks leave; with cfg.sink the walk's first frame stays,
-               the origin of all poses, and without Plücker maps poses have none. Else the newest half is kept, its first frame
-               becomes the origin, and its clean latents are encoded anew in one pass: what training saw, nothing stale
+    window     frames that the cache holds. When it is full the oldest chunks are dropped, if no pose depends on them: with
+               cfg.sink, whose first frame stays and is the origin, and without Plücker maps. Else the newest half is kept, its
+               first frame becomes the origin, and its clean latents are encoded anew in one pass: what training saw, nothing stale
     context    noise level at which generated frames enter the cache, as stage 1 trains for: it hides their faults
     renoise    False: Euler steps along the probability-flow ODE. True, for few-step models: predict x0, add fresh noise
                of the next time (the sampler of consistency models; an Euler step would keep the old noise)
