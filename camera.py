@@ -167,13 +167,10 @@ def move(position, yaw, pitch, keys, metres=METRES, degrees=DEGREES):
 
 def keys_to_poses(keys, metres=METRES, degrees=DEGREES):
     """Key string or list of n keys -> c2w (n + 1, 4, 4); the first pose is the identity."""
-    state, states = ((0., 0., 0.), 0., 0.), []
-    states.append(state)
+    states = [((0., 0., 0.), 0., 0.)]
     for k in parse_keys(keys) if isinstance(keys, str) else keys:
-        states.append(state := move(*state, k, metres, degrees))
-    position, yaw, pitch = zip(*states)
-    return make_pose(torch.tensor(position, dtype=torch.float64), torch.tensor(yaw, dtype=torch.float64),
-                     torch.tensor(pitch, dtype=torch.float64)).float()
+        states.append(move(*states[-1], k, metres, degrees))
+    return make_pose(*(torch.tensor(x, dtype=torch.float64) for x in zip(*states))).float()
 
 
 def minwm_poses(keys, metres=0.08, degrees=3.0):

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -99,7 +100,7 @@ class Lowpoly:
     """A batch of worlds as tensors on a device; `render` casts rays into all of them at once."""
 
     def __init__(self, plans, palettes, device='cpu'):
-        self.seeds, geometry = (plans, palettes), [make_plan(p) for p in plans]
+        geometry = [make_plan(p) for p in plans]
         self.boxes, self.balls = (torch.tensor(np.stack(x), dtype=torch.float32, device=device) for x in zip(*geometry))
         self.colours = torch.stack([make_palette(p)[1] for p in palettes]).to(device)
 
@@ -144,9 +145,7 @@ class Lowpoly:
 
     def render(self, c2w, K, H=64, W=64, edges=.25):
         """Pictures (B, V, H, W, 3) float in [0, 1] and distances (B, V, H, W) of V views c2w (B, V, 4, 4) of each world.
-
-        The share `edges` of the pixels, where the surface changes most, is sampled four times (anti-aliasing).
-        """
+        The share `edges` of the pixels, where the surface changes most, is sampled four times (anti-aliasing)."""
         B, V = c2w.shape[:2]
         o, d = rays(c2w, K, H, W)                             # (B, V, 3), (B, V, H, W, 3)
         flat = lambda x: x.reshape(B, -1, x.shape[-1])
@@ -192,8 +191,7 @@ def walk(plan, frames, rng):
             keys, hold = rng.choice(['l', 'j']), rng.integers(3, 9)
         state, hold = move(*state, keys, metres, degrees), hold - 1
         states.append(state)
-    position, yaw, pitch = (torch.tensor(x, dtype=torch.float64) for x in zip(*states))
-    return make_pose(position, yaw, pitch).float()
+    return make_pose(*(torch.tensor(x, dtype=torch.float64) for x in zip(*states))).float()
 
 
 def lowpoly_clips(cfg, split, indices):
@@ -260,8 +258,7 @@ def doom_clips(cfg, split, indices):
                 hold = r.integers(3, 9)
             hold -= 1
             game.make_action([float(k in keys) for k in 'wsad'] + [degrees * (('l' in keys) - ('j' in keys)) / tics], tics)
-        position, yaw, pitch = (torch.tensor(v, dtype=torch.float64) for v in zip(*poses))
-        out.append((torch.stack(frames).round().byte(), make_pose(position, yaw, pitch).float()))
+        out.append((torch.stack(frames).round().byte(), make_pose(*(torch.tensor(v, dtype=torch.float64) for v in zip(*poses))).float()))
     game.close()
     frames, c2w = (torch.stack(x) for x in zip(*out))
     return dict(frames=frames, c2w=c2w, K=DOOM_K.repeat(len(out), 1)), [f'doom {cfg.map}'] * len(out)
@@ -299,7 +296,7 @@ def load_poses(path):
         if isinstance(e, BadInput):
             raise
         raise BadInput(f'{path}: not a list of 4x4 matrices, nor minWM pose JSON, nor RealEstate10K ({e})') from None
-    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4):
+    if c2w.ndim != 3 or c2w.shape[1:] != (4, 4) or not len(c2w):
         raise BadInput(f'{path}: shape {tuple(c2w.shape)}, wanted (frames, 4, 4)')
     R = c2w[:, :3, :3]
     bad = ~((R @ R.mT - torch.eye(3)).abs().amax((1, 2)) < 1e-3) | ~(torch.linalg.det(R) > 0) | ~c2w.isfinite().all(2).all(1)
@@ -312,7 +309,9 @@ def load_frames(path, indices=None):
     """Pictures (n, H, W, 3) uint8 of a video or of a folder of pictures, in the order of their names; or how many there are."""
     if os.path.isdir(path):
         names = sorted(os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(('.png', '.jpg', '.jpeg')))
-        return len(names) if indices is None else np.stack([iio.imread(names[i])[..., :3] for i in indices])
+        if len({Image.open(name).size for name in names}) > 1:
+            raise BadInput(f'{path}: its pictures are of different sizes')
+        return len(names) if indices is None else np.stack([iio.imread(names[i], mode='RGB') for i in indices])
     if indices is None:
         return sum(1 for _ in iio.imiter(path))
     wanted = set(indices)
@@ -324,15 +323,18 @@ def list_videos(folder):
     """(path of the video, function that reads its (c2w, K), caption) of all in a folder; or of minWM's input JSON, a list of
     {"caption", "pose_str": "w-8, right-11"}, a unit a latent, beside videos/000000_w8right11/gen.mp4: its pose i is frame 4 i's."""
     if folder.endswith('.json'):
-        with open(folder) as f:
-            entries = json.load(f)
-        for i, entry in enumerate(entries):
-            keys = entry['pose_str'].lower().replace(' ', '').replace('-', '*')
+        try:
+            with open(folder) as f:
+                entries = [(entry['pose_str'].lower(), str(entry.get('caption', ''))) for entry in json.load(f)]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f'{folder}: not a list of {{"caption": ..., "pose_str": "w-8, right-11"}} ({e!r})') from None
+        for i, (keys, caption) in enumerate(entries):
+            keys = keys.replace(' ', '').replace('-', '*')
             slug = ''.join(c for c in keys if c.isalnum())
             for word, key in (('up', 'i'), ('down', 'k'), ('right', 'l'), ('left', 'j')):
                 keys = keys.replace(word, key)
             read = lambda keys=keys: (minwm_poses(keys).repeat_interleave(4, 0), torch.tensor([.505051, .897868, .5, .5]).expand(10 ** 4, 4))
-            yield f'{os.path.dirname(folder)}/videos/{i:06d}_{slug}/gen.mp4', read, entry.get('caption', '')
+            yield f'{os.path.dirname(folder)}/videos/{i:06d}_{slug}/gen.mp4', read, caption
         return
     for name in sorted({os.path.splitext(f)[0] for f in os.listdir(folder)}) if os.path.isdir(folder) else ():
         caption, path = f'{folder}/{name}.caption', f'{folder}/{name}.mp4' if os.path.exists(f'{folder}/{name}.mp4') else f'{folder}/{name}'
@@ -397,11 +399,9 @@ CHANNELS = [(0, u, v) for u, v in ORDER] + [(k, u, v) for k in (1, 2) for u, v i
 
 
 def lapped_dct(n):
-    """The orthogonal (n, n) matrix of an 8-point DCT with a pre-filter across block edges, float32.
-
-    The pre-filter makes it a lapped transform (Malvar's type-II LOT in the form of Tran, Liang and Tu 2003): basis
-    functions 16 wide that fade out, so no block edges, and the picture's border needs no special case.
-    """
+    """The orthogonal (n, n) matrix of an 8-point DCT with a pre-filter across block edges, float32, which makes it a lapped
+    transform (Malvar's type-II LOT in the form of Tran, Liang and Tu 2003): basis functions 16 wide that fade out, so no block
+    edges, and the picture's border needs no special case."""
     def cosines(n, half):                                     # DCT-II (rows k) or, with half, DCT-IV
         k, i = torch.arange(n, dtype=torch.float64)[:, None] + half, torch.arange(n, dtype=torch.float64) + .5
         m = (2 / n) ** .5 * torch.cos(math.pi * k * i / n)
@@ -440,7 +440,6 @@ def decode(z):
 class Dct:
     """The embedded codec, and captions embedded without weights: what `find_codec` gives for most clips."""
     stride, encode, decode = 1, staticmethod(encode), staticmethod(decode)
-
     stream = lambda self: decode                              # a function that decodes a video chunk by chunk
 
     def embed(self, captions, cfg):
@@ -528,7 +527,7 @@ WORLDS = {'lowpoly': lowpoly_clips, 'doom': doom_clips, 'folder': folder_clips}
 
 def make(cfg):
     """Render a world's clips into cfg.out, all or nothing. Returns the folder."""
-    out = cfg.out or f'data/{cfg.world}'
+    out = (cfg.out or f'data/{cfg.world}').rstrip('/')
     if cfg.world not in WORLDS:
         raise BadInput(f'--world {cfg.world}: choose one of {", ".join(WORLDS)}')
     if min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames) < 1 or cfg.height % 16 or cfg.width % 16:
@@ -600,12 +599,9 @@ def load_manifest(folder):
 
 class Clips:
     """The clips of one split of a folder, read by memory map, one at a time; `keys` are the tensors of a clip."""
-
     def __init__(self, folder, split='train', keys=('latents', 'c2w', 'K')):
         self.manifest, self.split, self.rows, self.captions, self.files = load_manifest(folder), split, [], [], []
-        for shard in self.manifest['shards']:
-            if not shard['file'].startswith(split):
-                continue
+        for shard in (s for s in self.manifest['shards'] if s['file'].startswith(split)):
             path = os.path.join(folder, os.path.basename(shard['file']))
             try:
                 f = safe_open(path, 'pt')
@@ -721,7 +717,7 @@ def frechet(a, b):
         luma = x.mean(1, keepdim=True)
         energy = F.pad(luma.diff(dim=-1), (0, 1)).square() + F.pad(luma.diff(dim=-2), (0, 0, 0, 1)).square()
         return F.adaptive_avg_pool2d(torch.cat([x, energy * 10, energy.sqrt()], 1), 4).flatten(1)
-    (x, cx), (y, cy) = ((f, torch.cov(f.T)) for f in (features(a), features(b)))
+    (x, cx), (y, cy) = ((f, torch.cov(f.T)) for f in (torch.cat([features(p) for p in x.split(500)]) for x in (a, b)))
     if not (cx @ cy).isfinite().all():
         return math.nan                                                       # the eigenvalues of NaN crash some LAPACKs
     root = torch.linalg.eigvals(cx @ cy).real.clamp(min=0).sqrt().sum()       # tr (cx cy)^1/2

@@ -67,7 +67,7 @@ class Config:
     rollout: str = 'self'         # self | teacher: upon the true history, for comparison
     # run
     seed: int = 0
-    device: str = 'auto'          # auto | cpu | cuda | mps
+    device: str = 'auto'          # auto | cpu | cuda
     dtype: str = 'auto'           # compute: auto (on a CPU float32) | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights of all three networks
     offload: bool = False         # fsdp: the frozen real score waits in the processor's memory
@@ -204,7 +204,7 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
 
 def start_nets(cfg, device, say):
     def find(path, role):
-        for p in (path, os.path.join('checkpoints', os.path.basename(path))):
+        for p in (path, os.path.join('checkpoints', os.path.basename(path) or 'none')):
             if os.path.exists(p):
                 model, header = load_model(p, device)
                 say(f'{role} from {p}: {header["stage"]}, {header["step"]} steps')
@@ -228,8 +228,7 @@ def step_on(loss_of, net, opt, cfg, world):
     params = [p for p in net.parameters() if p.grad is not None]
     if world > 1 and cfg.shard == 'ddp':                                      # whose hooks would not see a rollout's many calls
         for p in params:
-            dist.all_reduce(p.grad)
-            p.grad /= world
+            dist.all_reduce(p.grad.div_(world))
     norm = clip_gradients(params, cfg.clip)
     opt.step()
     opt.zero_grad(set_to_none=True)
@@ -269,9 +268,8 @@ def main(cfg, stage):
         say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
             f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}'
             + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
-    if world > 1 and cfg.shard != 'ddp':
-        for name, net in nets.items():
-            shard(net, cfg.shard, cfg.offload and name == 'real')
+    for name, net in nets.items() if world > 1 and cfg.shard != 'ddp' else ():
+        shard(net, cfg.shard, cfg.offload and name == 'real')
     model, both = nets['generator'], torch.nn.ModuleDict({k: nets[k] for k in ('generator', 'fake')})
     optimizers = [torch.optim.AdamW(nets[k].parameters(), lr=lr, betas=(0., .999), weight_decay=.01, fused=True)
                   for k, lr in (('generator', cfg.lr), ('fake', cfg.critic_lr))]
@@ -296,7 +294,7 @@ def main(cfg, stage):
         """Update number `update` of the run, on its own clips and noise, or its own noise and what was walked."""
         def loss_of(i):
             first = (rank * cfg.accum + i) * micro
-            batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, model.cfg, cfg.seed, device, whole=cfg.before > 0)
+            batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, replace(model.cfg, sink=False), cfg.seed, device, whole=cfg.before > 0)
             index = [(cfg.seed, update, j) for j in range(first, first + micro)]
             if hasattr(model, 'unshard'):
                 model.unshard()                                               # rollout embeds cameras outside of a forward pass
@@ -322,8 +320,10 @@ def main(cfg, stage):
                      np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
                      *vigour(dream, truth).values()])
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            names = ('loss', 'gap', 'norm', 'critic', 'critic_norm', 'sharpness', 'motion')
-            line = dict(step=step + 1, **dict(zip(names, np.mean(sums, 0).tolist())), lr=optimizers[0].param_groups[0]['lr'],
+            names, mean = ('loss', 'gap', 'norm', 'critic', 'critic_norm', 'sharpness', 'motion'), torch.tensor(np.mean(sums, 0), device=device)
+            if world > 1:
+                dist.all_reduce(mean.div_(world))
+            line = dict(step=step + 1, **dict(zip(names, mean.tolist())), lr=optimizers[0].param_groups[0]['lr'],
                         ms=(time.time() - began) * 1e3 / len(sums), batch=cfg.batch)
             if rank == 0:
                 tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} gap {line["gap"]:.3f} norm {line["norm"]:6.3f} | '
@@ -336,7 +336,7 @@ def main(cfg, stage):
         if rank == 0 and state:
             student = DiT(model.cfg).to(device)
             student.load_state_dict(state)
-            metrics = evaluate(student, cfg, held_out, device, f'{path}.png', before=cfg.before)
+            metrics = evaluate(student, cfg, held_out, device, f'{path}.png', before=cfg.before // model.cfg.chunk * model.cfg.chunk)
             tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
             log.write(json.dumps(dict(step=step + 1, **metrics)) + '\n')
             for name in [path] * (metrics['score'] < best) + [f'{path}.last'] * last:

@@ -72,7 +72,7 @@ class Config:
     context: float = 0.1          # noise level of a walk's own history
     # run
     seed: int = 0
-    device: str = 'auto'          # auto | cpu | cuda | mps
+    device: str = 'auto'          # auto | cpu | cuda
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights
     checkpoint: bool = False      # keep one activation a block and compute the others again
@@ -257,7 +257,7 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: student and teacher from --init, else from checkpoints/
 
 def start_model(cfg, device, say):
-    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init))):
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init) or 'none')):
         if os.path.exists(path):
             model, header = load_model(path, device)
             say(f'start from {path}: {header["stage"]}, {header["step"]} steps')

@@ -62,7 +62,7 @@ class Config:
     drop_camera: float = 0.1
     # run
     seed: int = 0
-    device: str = 'auto'          # auto | cpu | cuda | mps
+    device: str = 'auto'          # auto | cpu | cuda
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights
     checkpoint: bool = False      # keep one activation a block and compute the others again
@@ -122,11 +122,11 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init))):
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init) or 'none')):
         if cfg.camera != 'none' and os.path.exists(path):
             model, header = load_model(path, device, camera=cfg.camera)
             model.cfg.sink |= cfg.sink
-            say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
+            say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {model.cfg.camera}')
             return model
     if cfg.preset not in PRESETS:
         raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')

@@ -270,8 +270,7 @@ class KVCache:
 
     k, v: per layer (B, frames * L, N, Dh), and as many again for the second attention of PRoPE, which must not share them.
     text: per layer the prompt's keys and values, filled at first use. gone: frames that `roll` has dropped; sink: frame 0's old keys.
-    Where gradient is enabled it is only read: to fill it, run the network under torch.no_grad().
-    """
+    Where gradient is enabled it is only read: to fill it, run the network under torch.no_grad()."""
     def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
         kind = torch.device(device).type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
@@ -285,7 +284,7 @@ class KVCache:
         a = self.end * self.L
         b = a + k.shape[1]
         if b > self.frames * self.L:
-            raise IndexError(f'the cache holds {self.frames} frames; {b // self.L} are asked of it')
+            raise BadInput(f'a window of {self.frames} frames is too small: use at least {b // self.L}')
         if torch.is_grad_enabled():                            # self-rollout: gradient must not reach the past
             return torch.cat([self.k[layer, :, :a], k], 1), torch.cat([self.v[layer, :, :a], v], 1)
         self.k[layer, :, a:b], self.v[layer, :, a:b] = k, v
@@ -393,11 +392,10 @@ class Attention(nn.Module):
         return y + (z.unflatten(1, (P.shape[1], -1)) * P[..., 3:, 3:]).flatten(1, 2).to(y.dtype)       # 0: camera dropped
 
     def cross_attention(self, x, text, cache, layer):
-        kv = cache.text[layer] if cache is not None and not torch.is_grad_enabled() else None
-        if kv is None:
-            kv = self.keys_values(text)
-            if cache is not None and not torch.is_grad_enabled():
-                cache.text[layer] = kv
+        keep = cache is not None and not torch.is_grad_enabled()
+        kv = keep and cache.text[layer] or self.keys_values(text)
+        if keep:
+            cache.text[layer] = kv
         q = self.heads(self.norm_q(self.q(x)))
         return self.o(attention(q.to(kv[1].dtype), kv[0].to(kv[1].dtype), kv[1]).flatten(-2))
 
@@ -457,6 +455,8 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         zero = [self.head.head, self.time_projection[1], *(b.self_attn.prope_o for b in self.blocks if 'prope' in cfg.camera)]
+        if not {*cfg.camera.split('+')} < {'none', 'plucker', 'prope'}:
+            raise BadInput(f'--camera {cfg.camera}: choose plucker, prope, plucker+prope or none')
         if 'plucker' in cfg.camera:                     # no bias: a dropped camera is exactly a zero map
             self.camera_embedding = nn.Linear(12 * (1 + 2 * cfg.camera_freqs) * cfg.patch ** 2, D, bias=False)
             self.camera_motion = nn.Linear(12, D, bias=False)
@@ -490,11 +490,9 @@ class DiT(nn.Module):
 
         text (B, text_len, text_dim) zero-padded and, as in Wan, not masked; camera: Camera of the F frames, or what
         embed_camera made of it, or None; mask (F, keys) bool or None for all; pos: F positions, by default from cache.end;
-        last: give only the velocities of that many frames, the last
-        """
+        last: give only the velocities of that many frames, the last"""
         B, n, C, H, W = x.shape
-        p = self.cfg.patch
-        h, w = H // p, W // p
+        p, h, w = self.cfg.patch, H // self.cfg.patch, W // self.cfg.patch
         dtype = self.patch_embedding.weight.dtype
         start = cache.gone + cache.end if cache is not None else 0
         pos = tuple(range(start, start + n)) if pos is None else tuple(pos)
@@ -512,16 +510,15 @@ class DiT(nn.Module):
             e0 = self.time_projection(e).unflatten(-1, (6, -1))                       # (B, F, 6, D)
         if cache is None or cache.text[0] is None or torch.is_grad_enabled():
             text = self.text_embedding(text.to(dtype))                       # (B, text_len, D)
-        if self.checkpoint and torch.is_grad_enabled():
-            cache = copy.copy(cache)                                         # as it is now, for when the blocks compute again
+        again = self.checkpoint and torch.is_grad_enabled()
+        cache = copy.copy(cache) if again else cache                         # as it is now, for when the blocks compute again
         for i, block in enumerate(self.blocks):
             ask = last if i + 1 == len(self.blocks) else None                # the last block leaves out what only others would see
             seen = mask and mask[-(ask or 0):]
             if seen and x.is_cuda and torch.is_grad_enabled() and not all(map(all, seen)):
                 seen = flex_mask(seen, h * w, h * w, x.device)               # here, not in the blocks, which may be compiled
             args = x, e0, text, table, told[-2:] if 'prope' in self.cfg.camera else (), seen, cache, i, ask
-            keep = not self.checkpoint or not torch.is_grad_enabled()
-            x = block(*args) if keep else checkpoint(block, *args, use_reentrant=False)      # (B, S, D)
+            x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)     # (B, S, D)
         with torch.autocast(x.device.type, enabled=False):
             x = self.head(x.view(B, last or n, h * w, -1), e[:, -(last or 0):]).float()      # (B, F, L, p p C), channel fastest
         return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
@@ -582,12 +579,11 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     exit_step  training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk. If gradient
                is enabled, that one call carries it; the cache is written from the detached x0, so none reaches the past
 
-    A chunk costs len(times) - 1 calls: the clean pass that writes it to the cache goes along with the next one's first.
-    """
+    A chunk costs len(times) - 1 calls: the clean pass that writes it to the cache goes along with the next one's first."""
     B, twice = len(text), lambda x: torch.cat([x, x]) if guidance != 1 else x
     if guidance != 1:
         text = torch.cat([text, text * (over == 'camera')])
-    history, cache, origin, late, m = [], None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
+    history, before, cache, origin, late, m = [], None, None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
 
     def place(camera, before):                              # as the network sees it, from here and now
         jump = torch.ones(B, dtype=torch.bool) if m.sink and before is None else None
@@ -622,7 +618,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
             L = x.shape[-1] * x.shape[-2] // m.patch ** 2
             cache = KVCache(m, len(text), window, L, x.device, model.patch_embedding.weight.dtype)
             origin = camera.c2w[:, 0]
-        placed = place(camera, history[-1][1].c2w[:, -1:] if history else None)
+        placed = place(camera, before)
         with torch.no_grad():
             told = model.embed_camera(placed, *x.shape[-2:])
         if first is None or history:
@@ -639,10 +635,10 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                 else:
                     x = x + (t_next - t) * v
         yield x
-        x, level = x.detach(), context if first is None or history else 0.0
+        x, before, level = x.detach(), camera.c2w[:, -1:], context if first is None or history else 0.0
         history.append((x, camera))
         rolls = m.sink or 'plucker' not in m.camera         # nothing in the cache knows an origin that moves
-        keep = m.sink + n if rolls else m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
+        keep = n + (m.sink and len(history) > 1) if rolls else m.first + max(0, (window + 1) // 2 - m.first) // m.chunk * m.chunk
         if keep + m.chunk > window:
             for _ in cameras:                               # too small only if another chunk is asked for
                 raise BadInput(f'a window of {window} frames is too small: use at least {keep + m.chunk}')
@@ -672,17 +668,16 @@ def walk_clip(model, c2w, K, text, times, noise, first=None, **options):
 # training helpers: device, optimizer, learning rate, EMA
 
 def pick_device(device='auto', dtype='auto', local_rank=0):
-    """(device, compute dtype). auto: cuda, else mps, else cpu; bfloat16 where the hardware multiplies it natively."""
+    """(device, compute dtype). auto: cuda, else cpu; bfloat16 where the hardware multiplies it natively."""
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device not in ('cpu', 'cuda') or dtype not in ('auto', 'float32', 'bfloat16') or device == 'cuda' and not torch.cuda.is_available():
+        raise BadInput(f'--device {device} --dtype {dtype}: choose auto, cpu, or cuda where there is one; auto, float32 or bfloat16')
     if device == 'cuda':
         torch.cuda.set_device(local_rank)
     if dtype == 'auto':
-        native = device == 'cuda' or device == 'cpu' and any(
-            getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
-        dtype = 'bfloat16' if native else 'float32'
-    if device not in ('cpu', 'cuda', 'mps') or dtype not in ('float32', 'bfloat16'):
-        raise BadInput(f'--device {device} --dtype {dtype}: choose auto, cpu, cuda or mps; auto, float32 or bfloat16')
+        native = any(getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+        dtype = 'bfloat16' if native or device == 'cuda' else 'float32'
     return torch.device(device), getattr(torch, dtype)
 
 
@@ -774,7 +769,7 @@ def clip_gradients(params, limit):
 
 def learning_rate(step, steps, lr, warmup, decay):
     """Linear warm-up over `warmup` steps, constant, then linear decay to 0 over the last fraction `decay`."""
-    return lr * min(1, (step + 1) / warmup, (steps - step) / (decay * steps + 1e-9))
+    return lr * min(1, (step + 1) / max(1, warmup), (steps - step) / (decay * steps + 1e-9))
 
 
 @torch.no_grad()
@@ -825,7 +820,7 @@ def open_weights(path):
     Causal-Forcing, the EMA if it has one. Only tensors are read, by memory map; a pickle with code in it is refused."""
     header, tensors, file, files = {}, {}, path, [path]
     try:
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
         if os.path.isdir(path):
             files = sorted(glob.glob(f'{path}/*.safetensors'))
             for index in glob.glob(f'{path}/*.safetensors.index.json'):
@@ -900,7 +895,7 @@ def save_wan(folder, model):
     c = model.cfg
     config = {'_class_name': 'WanModel', 'model_type': 't2v', **{k: getattr(c, k) for k in (
         'text_len', 'in_dim', 'dim', 'ffn_dim', 'freq_dim', 'out_dim', 'num_heads', 'num_layers', 'eps')}}
-    save_tensors(f'{folder}/diffusion_pytorch_model.safetensors', model.state_dict(), {})
+    save_tensors(f'{folder}/diffusion_pytorch_model.safetensors', model.state_dict(), {'model': asdict(c)})
     with open(f'{folder}/config.json.tmp', 'w') as f:
         json.dump(config, f, indent=1)
     os.replace(f'{folder}/config.json.tmp', f'{folder}/config.json')
@@ -924,6 +919,7 @@ def load_resume(path, model, ema, optimizers, config):
         return 0
     tensors, meta = load_tensors(path)
     changed = [f'{k} {meta["config"].get(k)}, not {v}' for k, v in config.items() if meta['config'].get(k) != v]
+    changed += [f'another {k}' for k, v in model.state_dict().items() if f'model.{k}' not in tensors or tensors[f'model.{k}'].shape != v.shape]
     if changed:
         raise BadInput(f'{path} was made with {", ".join(changed)}: run that again to go on, or delete it to start over')
     part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -947,9 +943,13 @@ def command_line(main, Config, doc):
     for f in fields(Config):
         parser.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, default=f.default, help=f'(default: {f.default})')
     cfg = Config(**vars(parser.parse_args()))
+    least = dict(batch=1, accum=1, log_every=1, save_every=1, eval_every=1, eval_clips=1, paths=1, steps=0, seed=0, clip=0, fps=0)
     try:
+        for k, v in least.items() | {('frames', 2 if hasattr(cfg, 'batch') else 0)}:
+            if getattr(cfg, k, v) < v:
+                raise BadInput(f'--{k} {getattr(cfg, k)}: at least {v}')
         main(cfg)
-    except (BadInput, OSError) as e:
+    except (BadInput, OSError, OverflowError) as e:
         sys.exit(f'error: {e}')
 
 # -----------------------------------------------------------------------------
@@ -975,7 +975,7 @@ def gate(stage, preset, metrics):
         return f'gate: none for {stage} in expected/{preset}.json'
     ok = {k: metrics[k] >= v if sign == '>=' else metrics[k] <= v for k, (sign, v) in limits.items()}
     line = ', '.join(f'{k} {metrics[k]:.3g} {sign} {v:g}' for k, (sign, v) in limits.items())
-    advice = ''.join(f'\n  {k}: {HINTS[k.split(",")[0]]}' for k in ok if not ok[k])
+    advice = ''.join(f'\n  {k}: {HINTS.get(k, HINTS["sharpness"])}' for k in ok if not ok[k])
     return f'gate: {"PASS" if all(ok.values()) else "FAIL"} {line}{advice}'
 
 # -----------------------------------------------------------------------------
@@ -1000,7 +1000,7 @@ def forced_flops(cfg, F, L):
 
 def main(a):
     """What a checkpoint (or a preset) is and what it takes: memory and arithmetic, computed. --out writes it in another layout."""
-    with torch.device('meta'):
+    with torch.device('cpu' if a.out else 'meta'):
         model, header = DiT(PRESETS[a.ckpt]) if a.ckpt in PRESETS else None, {'stage': 'none', 'step': 0}
     if model is None:
         model, header = load_model(a.ckpt)

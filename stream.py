@@ -13,6 +13,7 @@ Walk through a trained world, score it, time it.
     a d  left, right          i k  look up, down           for 8 frames; "*4" stands still for 4
 """
 import collections
+import contextlib
 import glob
 import json
 import logging
@@ -96,18 +97,20 @@ def held_out(cfg, header, indices, frames=1):
         return lowpoly_clips(DataConfig(**recipe | {'frames': frames}), 1, indices)
     if not cfg.data and recipe['world'] != 'doom':
         raise BadInput(f'{cfg.ckpt} was trained on clips of yours: name their folder, --data')
-    clips = Clips(cfg.data or ('data/doom' if os.path.exists('data/doom') else 'assets/doom'), 'val')
+    clips = Clips(folder := cfg.data or ('data/doom' if os.path.exists('data/doom') else 'assets/doom'), 'val')
     keys = ('frames', 'c2w', 'K')
     indices = sorted({i % len(clips) for i in indices})
     rows = [clips.read(i, keys) for i in indices]
+    if rows[0][0].shape[1:3] != (recipe['height'], recipe['width']):
+        raise BadInput(f'{cfg.ckpt} is of {recipe["height"]} x {recipe["width"]} pixels, the clips in {folder} are not: name others, --data')
     return {k: torch.stack(x) for k, x in zip(keys, zip(*rows))}, [clips.captions[i] for i in indices]
 
 
 def load_picture(path, height, width):
     """Any picture file -> (1, height, width, 3) uint8, centre-cropped to the aspect and resized."""
     try:
-        picture = Image.open(path).convert('RGB')
-    except OSError as e:
+        picture = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
+    except (OSError, Image.DecompressionBombError) as e:
         raise BadInput(f'--first {path}: not a readable picture ({e}); say world, prompt, or name a picture') from None
     return torch.from_numpy(np.array(ImageOps.fit(picture, (width, height), Image.LANCZOS)))[None]
 
@@ -150,13 +153,13 @@ def draw(picture, keys, scale):
 
 
 def write_video(path, pictures, fps):
-    """.mp4 or .gif from a list of (H, W, 3) uint8, written under a temporary name, then renamed."""
+    """.mp4 or .gif from (H, W, 3) uint8 pictures, a list or a generator, written under a temporary name, then renamed."""
     end = os.path.splitext(path)[1]
     if end not in ('.mp4', '.gif'):
         raise BadInput(f'--out {path}: end it in .mp4 or .gif')
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     tmp = f'{path}.tmp{os.getpid()}{end}'
-    mp4 = dict(fps=fps, codec='libx264', macro_block_size=2, output_params=['-crf', '18'])
+    mp4 = dict(is_batch=True, fps=fps, codec='libx264', macro_block_size=2, output_params=['-crf', '18'])
     iio.imwrite(tmp, pictures, **(dict(duration=1000 / fps, loop=0) if end == '.gif' else mp4))
     os.replace(tmp, path)
 
@@ -282,7 +285,7 @@ def score(model, cfg, header, codec, device, find_poses=True):
     n, length = len(captions), min(cfg.frames or header['frames'], world['c2w'].shape[1])
     truth, c2w, K = world['frames'][:, :1 + (length - 1) * codec.stride].float() / 255, world['c2w'][:, :length], world['K']
     z = codec.encode(truth)
-    ceiling, first = codec.decode(z).cpu(), None if cfg.first == 'prompt' else z[:, :1].to(device)
+    ceiling, first = codec.decode(z).cpu(), None if cfg.first == 'prompt' or model.cfg.first > 1 else z[:, :1].to(device)
 
     def generate(poses):
         noise = noise_for([cfg.seed * 1000 + i for i in range(n)], z.shape[2:], device)
@@ -301,9 +304,9 @@ def score(model, cfg, header, codec, device, find_poses=True):
     if first is None:                                                         # another world: only its kind can be compared
         out = {k: v for k, v in out.items() if not k.startswith(('psnr', 'drift'))}
     elif recipe['world'] == 'lowpoly' and codec.stride == 1:
-        lowpoly = Lowpoly(world['plan'].tolist(), world['palette'].tolist())
-        views = K[:, None].expand(-1, length, -1)
-        seen = seen_mask(lowpoly.render(c2w, views, *truth.shape[2:4], edges=0)[1], c2w, K)
+        worlds, size = [*zip(world['plan'].tolist(), world['palette'].tolist())], truth.shape[2:4]
+        seen = torch.cat([seen_mask(Lowpoly([plan], [palette]).render(c, k[:, None].expand(-1, length, -1), *size, edges=0)[1], c, k)
+                          for (plan, palette), c, k in zip(worlds, c2w.split(1), K.split(1))])           # one at a time: memory
         error = (dream.clamp(0, 1) - truth).square().mean(-1)
         for name, mask in (('psnr_seen', seen), ('psnr_unseen', ~seen)):
             share = mask.float().mean((2, 3))
@@ -311,7 +314,7 @@ def score(model, cfg, header, codec, device, find_poses=True):
             out[name] = known(db.masked_fill(share < .05, torch.nan).nanmean(0))
     if recipe['world'] == 'lowpoly' and codec.stride == 1 and find_poses and first is not None and length <= 17:   # further, the search is too wide
         views, found = (truth[:, 1:], dream[:, 1:], ceiling[:16, 1:]), []
-        for i, (plan, palette) in enumerate(zip(*lowpoly.seeds)):                                # all that one world shows at once
+        for i, (plan, palette) in enumerate(worlds):                                # all that one world shows at once
             pictures = torch.cat([v[i] for v in views if i < len(v)])
             found.append(locate(Lowpoly([plan], [palette]), pictures, torch.arange(len(pictures)) % (length - 1) + 1, c2w[i, 0], K[i]).split(length - 1))
         (rot, trans), dreamt, coded = (pose_error(torch.stack([f[j] for f in found[:len(v)]]), c2w[:len(v), 1:]) for j, v in enumerate(views))
@@ -332,7 +335,6 @@ def score(model, cfg, header, codec, device, find_poses=True):
 class Held:
     """Time-stamped edges of keys -> the seconds for which each key moves the next frame. The frame looks one period
     ahead, so that the first frame after a key already shows a whole frame's motion."""
-
     def __init__(self):
         self.since, self.owed, self.stamp = {}, {}, None
 
@@ -410,7 +412,9 @@ class Live:
                 wish, self.wish = self.wish, {}
             if 'ckpt' in wish:
                 try:
-                    model, header, codec = load(self.ckpts[wish['ckpt']], self.device, self.cfg.data)
+                    new = load(path := self.ckpts[wish['ckpt']], self.device, self.cfg.data)
+                    held_out(replace(self.cfg, ckpt=path), new[1], [0])                    # are there clips to start from?
+                    model, header, codec = new
                 except (BadInput, OSError) as e:
                     if model is None:
                         raise
@@ -420,7 +424,7 @@ class Live:
                 H, W, lowpoly = recipe['height'], recipe['width'], recipe['world'] == 'lowpoly' and codec.stride == 1
                 self.stride = codec.stride
             asked |= wish
-            if kind != (kind := (recipe['world'], H, W, codec.stride)):       # a walk does not go on in another kind of world
+            if kind != (kind := (recipe['world'], H, W, codec.stride, m.first)):       # a walk does not go on in another kind of world
                 z = None
                 self.tape.clear()
             if z is None or 'start' in wish:
@@ -463,9 +467,10 @@ class Live:
                     self.wish['steps'] = steps
                 case {'ckpt': str(name)} if name in self.ckpts:
                     self.wish['ckpt'] = name
-                case {'prompt': str(prompt)} if len(prompt) < 500:
+                case {'prompt': str(prompt)} if len(prompt.encode()) < 2000:
                     self.wish['prompt'] = prompt
                 case {'start': 'world' | 'prompt' as start, 'clip': int(clip)} if 0 <= clip < 2 ** 31:
+                    start = self.cfg.first if (start, clip) == ('world', self.cfg.clip) else start         # r: where it began
                     self.wish |= {'start': start, 'clip': clip} | ({'prompt': self.cfg.prompt} if start == 'world' else {})
                 case _:
                     raise ValueError(f'not understood: {message}')
@@ -477,18 +482,20 @@ class Live:
 
         def send():
             sent = 0
-            while True:
-                with self.change:                   # a slow tab is held up in send, and then gets the newest picture only
-                    self.change.wait_for(lambda: self.owner is not ws or self.count > sent)
-                    if self.owner is not ws:
-                        return ws.close(4000, 'the walk goes on in another tab')
-                    sent, newest = self.count, self.newest
-                try:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    with self.change:               # a slow tab is held up in send, and then gets the newest picture only
+                        self.change.wait_for(lambda: self.owner is not ws or self.count > sent)
+                        if self.owner is not ws:
+                            return ws.close(4000, 'the walk goes on in another tab')
+                        sent, newest = self.count, self.newest
                     ws.send(newest)
-                except ConnectionClosed:
-                    return
+
+        def save():
+            with contextlib.suppress(ConnectionClosed):
+                ws.send(b'{"mp4":true}\n' + self.film())
         with self.change:
-            self.owner, self.held = ws, Held()
+            self.owner, self.held, self.paused, self.truth = ws, Held(), False, False
             self.change.notify_all()
         sender = threading.Thread(target=send, daemon=True)
         try:
@@ -497,7 +504,7 @@ class Live:
             for text in ws:
                 message = json.loads(text)
                 if message == {'save': True}:
-                    ws.send(b'{"mp4":true}\n' + self.film())
+                    threading.Thread(target=save, daemon=True).start()                           # keys are heard meanwhile
                 else:
                     self.hear(message)
         except (ValueError, TypeError, RecursionError) as e:
@@ -515,7 +522,7 @@ class Live:
         with self.change:
             tape = list(self.tape)
         with tempfile.TemporaryDirectory() as folder:
-            write_video(f'{folder}/walk.mp4', [draw(p, keys, max(1, 384 // len(p))) for p, keys in tape], self.cfg.fps)
+            write_video(f'{folder}/walk.mp4', (draw(p, keys, max(1, 384 // len(p))) for p, keys in tape), self.cfg.fps)
             return pathlib.Path(folder, 'walk.mp4').read_bytes()
 
 
@@ -534,7 +541,7 @@ def live(cfg, device, dtype):
 
     def answer(ws, request):
         host, origin = request.headers.get('Host', ''), request.headers.get('Origin')
-        if local and host.rpartition(':')[0] not in ('127.0.0.1', 'localhost') or origin not in (None, f'http://{host}'):
+        if local and host.split(':')[0] not in ('127.0.0.1', 'localhost') or origin not in (None, f'http://{host}'):
             return ws.respond(403, 'this walk is steered from its own page only')
         if request.path == '/walk' and origin:
             return None                                                       # a WebSocket: go on to `tab`
@@ -561,7 +568,7 @@ def live(cfg, device, dtype):
 def bench(model, cfg, header, codec, device):
     """Random keys, unpaced, one path; the first 20 frames are left out. Latency: key received to frame bytes."""
     recipe, m = header['data']['recipe'], model.cfg
-    H, W, frames = recipe['height'], recipe['width'], cfg.frames or 2100
+    H, W, frames = recipe['height'], recipe['width'], max(cfg.frames or 2100, 50 * m.chunk)
     rng, stamps, decoder, done = np.random.default_rng(cfg.seed), [], [], []
     began = time.perf_counter()
     world, captions = held_out(cfg, header, [cfg.clip])
@@ -577,7 +584,7 @@ def bench(model, cfg, header, codec, device):
             yield Camera(pose[None].to(device), world['K'][:, None].expand(-1, n, -1).to(device))
     noise = noise_for([cfg.seed], (m.in_dim, H // 8, W // 8), device)
     how = sampler(cfg, header, m.shift)
-    for z in rollout(model, cameras(), text, noise=noise, first=codec.encode(world['frames'][:, :1]).to(device), **how):
+    for z in rollout(model, cameras(), text, noise=noise, first=None if m.first > 1 else codec.encode(world['frames'][:, :1]).to(device), **how):
         start = time.perf_counter()
         (decode(z) * 255).round().byte().cpu().numpy().tobytes()
         done.append(time.perf_counter())
@@ -606,8 +613,8 @@ def bench(model, cfg, header, codec, device):
 def main(cfg):
     parse_keys(cfg.keys)                                                      # complain before the work
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    if cfg.steps < 0:
-        raise BadInput(f'--steps {cfg.steps}: at least 1, or 0 for the usual')
+    if cfg.frames == 1:
+        raise BadInput('--frames 1: at least 2, or 0 for the usual')
     cfg.fps = cfg.fps or (25 if cfg.live else 8)
     if cfg.live:
         return live(cfg, device, dtype)

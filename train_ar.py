@@ -63,7 +63,7 @@ class Config:
     drop_camera: float = 0.1
     # run
     seed: int = 0
-    device: str = 'auto'          # auto | cpu | cuda | mps
+    device: str = 'auto'          # auto | cpu | cuda
     dtype: str = 'auto'           # compute: auto | float32 | bfloat16
     shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights
     checkpoint: bool = False      # keep one activation a block and compute the others again
@@ -106,7 +106,6 @@ class Drift:
     """loss_fn; in a share cfg.drift of the steps the history is what the model has walked on its own, and the target is still
     the clip. 16 batches of walks take turns, each half a window further; a walk ends with its clip, or by chance. A resumed
     run begins them anew."""
-
     def __init__(self, cfg, clips):
         self.walks, self.rng = {}, np.random.default_rng([11, cfg.seed])
         if cfg.drift:                                         # whole clips go along in batch.more
@@ -165,7 +164,7 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init))):
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init) or 'none')):
         if os.path.exists(path):
             model, header = load_model(path, device)
             say(f'start from {path}: {header["stage"]}, {header["step"]} steps')

@@ -1,7 +1,7 @@
 """
 What the recipe takes at Wan2.1's size, computed, nothing measured: memory a GPU and hours per 1,000 updates.
 
-    python tests/h100.py wan-1.3b                # or wan-14b; clips of 20 latents of 480 x 832, chunks of 4, batch 16, as minWM
+    python tests/h100.py wan-1.3b                # or wan-14b; clips of 20 latents of 480 x 832, chunks of 4, as minWM; batch 16, its least
 
 One clip at a time on a GPU, activation checkpointing (a training pass costs four forward passes instead of three), with
 several GPUs --shard fsdp; 80 GB a GPU; 40 % of an H100's 989 TFLOP/s in bfloat16.

@@ -31,8 +31,9 @@ def row(path, degrees, window):
     world, captions = held_out(cfg, header, range(PATHS))
     c2w = world['c2w'][:, :1] @ keys_to_poses('l*4,j*4', degrees=degrees)
     K = world['K']
-    truth, depth = Lowpoly(world['plan'].tolist(), world['palette'].tolist()).render(c2w, K[:, None].expand(-1, 9, -1), 64, 64)
-    first, noise = codec.encode(truth[:, :1]), noise_for(list(range(PATHS)), (model.cfg.in_dim, 8, 8), 'cpu')
+    truth, depth = Lowpoly(world['plan'].tolist(), world['palette'].tolist()).render(c2w, K[:, None].expand(-1, 9, -1), *world['frames'].shape[2:4])
+    first = codec.encode(truth[:, :1])
+    noise = noise_for(list(range(PATHS)), first.shape[2:], 'cpu')
     dream = walk(model.eval(), cfg, header, codec, relative(c2w), K, captions, first, noise)
     new = ~seen_mask(depth, c2w, K)[:, 4]                                     # at the turn: outside frame 0's view
     gone = ~seen_mask(depth[:, [4, 8]], c2w[:, [4, 8]], K)[:, 1]              # on return: outside the turn's view

@@ -48,7 +48,7 @@ PARTS = 'rotary tables kept', 'camera embedded once a frame', 'prompt kept', 'ca
 def naive(model, c2w, K, text, times, noise, first, parts=()):
     """The few-step rollout within one window, with some of the parts that make `rollout` fast."""
     window, before = c2w.shape[1], None
-    cache = KVCache(model.cfg, 1, window, 16, 'cpu') if PARTS[3] in parts else Concatenated(PARTS[2] in parts)
+    cache = KVCache(model.cfg, 1, window, first[0, 0, 0].numel() // model.cfg.patch ** 2, 'cpu') if PARTS[3] in parts else Concatenated(PARTS[2] in parts)
     for f in range(window):
         camera = Camera(relative(c2w[:, f:f + 1], c2w[:, 0]), K[:, None], step=steps(c2w[:, f:f + 1], before))
         x, before = noise(1) if f else first, c2w[:, f:f + 1]

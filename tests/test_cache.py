@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from camera import BadInput, Camera, intrinsics, keys_to_poses, relative, steps
-from model import chunk_ids, rollout, schedule, teacher_forcing_mask
+from model import chunk_ids, rollout, schedule, teacher_forcing_mask, walk_clip
 from test_model import tiny_model
 
 
@@ -132,6 +132,20 @@ def test_a_window_of_one_chunk_gives_that_chunk_and_no_second(camera):
     assert walk(model, 1, 4, 4, first, window=1)[0].equal(first)
     with pytest.raises(BadInput, match='a window of 1 frames is too small: use at least 2'):
         walk(model, 2, 4, 4, first, window=1)
+
+
+def test_a_sink_within_a_longer_first_chunk(monkeypatch):
+    """It is counted once, and each frame's move is from the frame before, whatever has left the window."""
+    model, told = tiny_model(sink=True), []
+    embed = model.embed_camera
+    monkeypatch.setattr(model, 'embed_camera', lambda camera, H, W: told.append(camera.step) or embed(camera, H, W))
+    c2w, K = keys_to_poses('w*2,wl*3,a*2,j*3')[None], intrinsics(90., 1.).expand(1, 11, 4)
+    x0 = walk_clip(model, c2w, K, torch.randn(1, 4, 8), schedule(2, 5.0), lambda n: torch.randn(1, n, 16, 4, 4), torch.randn(1, 3, 16, 4, 4), window=4)
+    assert x0.shape[1] == 11 and x0.isfinite().all()
+    torch.testing.assert_close(torch.cat(told, 1)[:, 3:], steps(c2w)[:, 3:], rtol=0, atol=1e-6)
+    model = tiny_model(sink=True, chunk=4)
+    assert walk_clip(model, c2w[:, :5], K[:, :5], torch.randn(1, 4, 8), schedule(2, 5.0), lambda n: torch.randn(1, n, 16, 4, 4),
+                     torch.randn(1, 1, 16, 4, 4), window=5).shape[1] == 5
 
 
 def test_generated_history_is_noised_and_says_so():

@@ -97,17 +97,21 @@ def test_what_does_not_fit_is_skipped_and_named(folder, tmp_path):
     nan = C2W.clone()
     nan[2, 0, 3] = torch.nan
     realestate(tmp_path / 'nan.txt', nan)
+    (tmp_path / 'mixed').mkdir()
+    for i in range(6):
+        iio.imwrite(tmp_path / 'mixed' / f'{i}.png', gradient(1, 16, 16 + 16 * (i == 3))[0])
+    realestate(tmp_path / 'mixed.txt', C2W)
     find_videos.cache_clear()
     good, bad = find_videos(str(tmp_path), 5)
-    assert not good and len(bad) == 6
+    assert not good and len(bad) == 7
     for part in ('short.mp4: 3 frames, 5 are wanted', 'few.mp4: 6 frames, but 4 poses', 'bad.json: pose 0 is not', 'nan.txt: pose', 'none.json: not a list',
-                 'line.txt, line 4: 3 numbers'):
+                 'line.txt, line 4: 3 numbers', 'mixed: its pictures are of different sizes'):
         assert any(part in b for b in bad), (part, bad)
 
 
 def test_from_a_folder_to_a_training_step(folder, tmp_path):
     find_videos.cache_clear()
-    said = run('data.py', '--world', 'folder', '--videos', folder, '--pose_scale', 1, '--out', tmp_path / 'clips', '--clips', 8, '--val_clips', 2,
+    said = run('data.py', '--world', 'folder', '--videos', folder, '--pose_scale', 1, '--out', f'{tmp_path}/clips/', '--clips', 8, '--val_clips', 2,
                '--frames', 5, '--height', 32, '--width', 32)
     assert '2 videos, 0 skipped' in said
     clips = Clips(str(tmp_path / 'clips'), 'val', ('latents', 'frames'))
@@ -119,10 +123,15 @@ def test_from_a_folder_to_a_training_step(folder, tmp_path):
     assert 'what a unit of the poses is' in wrong
     wrong = run('data.py', '--world', 'folder', '--videos', tmp_path / 'nowhere', '--pose_scale', 1, '--out', tmp_path / 'more', ok=False)
     assert 'no video with a pose for every frame' in wrong
+    for text in ('{', '[{"caption": "a"}]', '[1]'):
+        (tmp_path / 'input.json').write_text(text)
+        with pytest.raises(BadInput, match='input.json: not a list of'):
+            find_videos.cache_clear()
+            find_videos(str(tmp_path / 'input.json'), 5)
 
 
 def test_load_poses_refuses(tmp_path):
-    for name, text, why in (('a.json', '[1, 2]', 'shape'), ('b.json', '{"0": {}}', 'nor minWM'), ('c.txt', 'title\nx ' + '0 ' * 18, 'RealEstate10K')):
+    for name, text, why in (('a.json', '[1, 2]', 'shape'), ('e.txt', 'title', 'shape'), ('b.json', '{"0": {}}', 'nor minWM'), ('c.txt', 'title\nx ' + '0 ' * 18, 'RealEstate10K')):
         (tmp_path / name).write_text(text)
         with pytest.raises(BadInput, match=why):
             load_poses(str(tmp_path / name))
@@ -132,7 +141,7 @@ def test_odd_sizes(tmp_path):
     """Pictures of any size do, the clips' own must be a multiple of 16; the crop is to a pixel, and the intrinsics know of it."""
     (tmp_path / 'a').mkdir()
     for i, x in enumerate(gradient(5, 33, 47)):
-        iio.imwrite(tmp_path / 'a' / f'{i}.png', x)
+        iio.imwrite(tmp_path / 'a' / f'{i}.png', x[..., 0] if i == 2 else x)      # a grey one among them
     realestate(tmp_path / 'a.txt', C2W[:5])
     find_videos.cache_clear()
     clips, _ = folder_clips(Config(world='folder', videos=str(tmp_path), frames=5, pose_scale=1.0, height=32, width=32), 0, [0])

@@ -129,6 +129,11 @@ def test_the_newest_tab_steers_and_the_older_is_told(port):
             assert closed.value.rcvd.code == 4000
             press(new, 'd')
             assert frame(new)[0]['stamp'] == 1.5
+            press(new, 'd', False), new.send('{"pause": true}')
+    with tab(port) as ws:                                     # a new tab is not paused
+        press(ws, 'a', t=2.5)
+        while frame(ws)[0]['stamp'] != 2.5:
+            pass
 
 
 def test_a_tab_that_does_not_read_holds_nothing_up(port):
@@ -143,7 +148,7 @@ def test_a_tab_that_does_not_read_holds_nothing_up(port):
 
 @pytest.mark.parametrize('text', ['', 'no json', '[]', '{"key": "w"}', '{"key": "wasd", "down": true, "t": 1}', '{"key": "w", "down": 1, "t": "x"}',
                                   '{"ckpt": "../../etc/passwd"}', '{"steps": 1000000}', '{"start": "/etc/passwd", "clip": 0}',
-                                  '{"start": "world", "clip": -1}', '{"prompt": 7}', '[' * 1500, '"' + 'x' * 10000 + '"', b'\xff\x00'])
+                                  '{"start": "world", "clip": -1}', '{"prompt": 7}', '{"prompt": "\\ud800"}', '[' * 1500, '"' + 'x' * 10000 + '"', b'\xff\x00'])
 def test_malformed_messages_end_their_own_connection_only(port, text):
     with tab(port) as ws:
         ws.send(text)

@@ -21,7 +21,7 @@ def scene():
 
 
 def found(world, d, pictures):
-    worlds = [Lowpoly([plan], [palette]) for plan, palette in zip(*world.seeds)]
+    worlds = [Lowpoly([plan], [palette]) for plan, palette in zip(d['plan'].tolist(), d['palette'].tolist())]
     return torch.stack([locate(*x) for x in zip(worlds, pictures, [torch.arange(F)] * N, d['c2w'][:, 0], d['K'])]), d['c2w']
 
 

@@ -129,8 +129,9 @@ def test_dmd_on_two_processes_equals_one(data, chain, tmp_path):
 def test_two_processes_and_accumulation_equal_one(data, chain, tmp_path):
     args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 20, *SMALL, '--dtype', 'float32']
     run('train_ar.py', *args, '--out', tmp_path / 'one')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train_ar.py', *map(str, args),
-                    '--out', tmp_path / 'two'], cwd=ROOT, check=True, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    real = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train_ar.py', *map(str, args),
+                           '--out', tmp_path / 'two'], cwd=ROOT, text=True, capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert real.returncode == 0, real.stderr[-3000:]
     run('train_ar.py', *args, '--out', tmp_path / 'accum', '--accum', 2)
     one, two, accum = (losses(tmp_path / d) for d in ('one', 'two', 'accum'))
     assert len(one) == 20 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and max(abs(a - b) for a, b in zip(one, accum)) < 1e-4
@@ -234,7 +235,8 @@ def test_score_and_bench_write_every_key(chain, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--keys', 'w*3,x*2'], 'group 2'), (['--ckpt', 'nowhere.safetensors'], 'no such file'), (['--steps', -1], 'at least 1'),
+    (['--keys', 'w*3,x*2'], 'group 2'), (['--ckpt', 'nowhere.safetensors'], 'no such file'), (['--steps', -1], 'at least 0'), (['--clip', -1], 'at least 0'),
+    (['--score', 's.json', '--frames', 1], 'at least 2'), (['--live', 'True', '--port', 80000], 'port must be'),
     (['--first', 'nowhere.png'], 'not a readable picture'), (['--out', 'walk.avi'], 'end it in .mp4 or .gif'),
     (['--poses', __file__], 'not a list of 4x4'), (['--window', 1], 'too small'), (['--device', 'abacus'], 'choose auto'),
     (['--out', '/proc/nowhere/walk.mp4'], '/proc/nowhere'), (['--guidance', 2, '--over', 'keys'], 'choose camera or text')])
@@ -263,7 +265,7 @@ def test_distillation_says_what_is_wrong(script, args, words, data, chain, tmp_p
 @pytest.mark.parametrize('args, words', [
     (['--chunk', 3], '5 frames do not divide'), (['--batch', 3, '--accum', 2], 'does not divide by 1 processes x --accum 2'),
     (['--preset', 'huge', '--init', 'none'], 'choose one of tiny, nano'), (['--frames', 99], 'frames'),
-    (['--out', '/proc/nowhere'], '/proc/nowhere')])
+    (['--out', '/proc/nowhere'], '/proc/nowhere'), (['--eval_every', 0], '--eval_every 0: at least 1'), (['--frames', 1], 'at least 2')])
 def test_training_says_what_is_wrong(args, words, data, chain, tmp_path):
     assert words in run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 1,
                         *SMALL, *args, ok=False)

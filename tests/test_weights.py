@@ -41,6 +41,9 @@ def test_wans_own_folder_and_back(model, tmp_path):
     save_wan(str(tmp_path), model)
     same(tmp_path, model)
     assert sorted(os.listdir(tmp_path)) == ['config.json', 'diffusion_pytorch_model.safetensors']
+    steered = tiny_model(camera='plucker', sink=True)                        # what Wan's config has no words for is in the header
+    save_wan(str(tmp_path), steered)
+    assert load_model(str(tmp_path))[0].cfg == steered.cfg
 
 
 def test_shards(model, tmp_path):
