@@ -91,8 +91,8 @@ def against_naive(path, n):
 
 
 if __name__ == '__main__':
-    lines = ['| checkpoint | steps | frames/s | without decoding | key to frame p50 / p95, ms | first frame, s | peak MB | time / floor | latency growth |',
-             '|' + '---|' * 9]
+    lines = ['| checkpoint | pixels | steps | frames/s | without decoding | key to frame p50 / p95, ms | first frame, s | peak MB | time / floor | latency growth |',
+             '|' + '---|' * 10]
     for argument in sys.argv[1:]:
         path, steps_ = argument.split(':')
         for n in steps_.split(','):
@@ -102,14 +102,14 @@ if __name__ == '__main__':
                                check=True, stdout=subprocess.DEVNULL)
                 with open(f'{folder}/bench.json') as f:
                     b = json.load(f)
-            lines.append(f'| {os.path.basename(path)} | {n} | {b["fps"]:.0f} | {b["fps_denoiser"]:.0f} | {b["latency_ms_p50"]:.0f} / '
+            lines.append(f'| {os.path.basename(path)} | {b["width"]} x {b["height"]} | {n} | {b["fps"]:.0f} | {b["fps_denoiser"]:.0f} | {b["latency_ms_p50"]:.0f} / '
                          f'{b["latency_ms_p95"]:.0f} | {b["first_frame_s"]:.1f} | {b["peak_mb"]:.0f} | {b["floor_ratio"]:.0f} | {b["latency_growth"]:.2f} |')
             print(lines[-1], flush=True)
     lines += ['', 'The same frames, ms each | naive | ' + ' | '.join(f'+ {p}' for p in PARTS) + ' | `rollout` | gain', '|'.join(['---'] * (len(PARTS) + 4))]
     for n in (4, 1):
         ms = against_naive(path, n)
         lines.append(f'{n} step{"s" * (n > 1)} | ' + ' | '.join(f'{x:.1f}' for x in ms.values()) + f' | {ms["naive"] / ms["rollout"]:.2f}')
-    card = f'{b["device"]}, {b["dtype"].removeprefix("torch.")}, {b["width"]} x {b["height"]} pixels:\n\n' + '\n'.join(lines) + '\n'
+    card = f'{b["device"]}, {b["dtype"].removeprefix("torch.")}:\n\n' + '\n'.join(lines) + '\n'
     print(card)
     with open(f'{ROOT}/README.md') as f:
         text = f.read()
