@@ -309,7 +309,7 @@ def load_frames(path, indices=None):
     """Pictures (n, H, W, 3) uint8 of a video or of a folder of pictures, in the order of their names; or how many there are."""
     if os.path.isdir(path):
         names = sorted(os.path.join(path, f) for f in os.listdir(path) if f.lower().endswith(('.png', '.jpg', '.jpeg')))
-        if len({Image.open(name).size for name in names}) > 1:
+        if indices is None and len({Image.open(name).size for name in names}) > 1:
             raise BadInput(f'{path}: its pictures are of different sizes')
         return len(names) if indices is None else np.stack([iio.imread(names[i], mode='RGB') for i in indices])
     if indices is None:

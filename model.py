@@ -975,7 +975,7 @@ def gate(stage, preset, metrics):
         return f'gate: none for {stage} in expected/{preset}.json'
     ok = {k: metrics[k] >= v if sign == '>=' else metrics[k] <= v for k, (sign, v) in limits.items()}
     line = ', '.join(f'{k} {metrics[k]:.3g} {sign} {v:g}' for k, (sign, v) in limits.items())
-    advice = ''.join(f'\n  {k}: {HINTS.get(k, HINTS["sharpness"])}' for k in ok if not ok[k])
+    advice = ''.join(f'\n  {k}: {HINTS.get(k.split(",")[0], HINTS["sharpness"])}' for k in ok if not ok[k])
     return f'gate: {"PASS" if all(ok.values()) else "FAIL"} {line}{advice}'
 
 # -----------------------------------------------------------------------------

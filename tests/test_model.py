@@ -240,4 +240,5 @@ def test_gate_passes_and_fails_by_the_committed_thresholds(preset):
         worse = {k: v + 10 if 'loss' in k or k == 'fd' or k.startswith('to end') else v - 10 for k, v in x['metrics'].items()}
         line = gate(stage, preset, worse)
         assert line.startswith('gate: FAIL') and '\n  ' in line
+    assert 'the walk drifts' in gate('ode', 'small', {'psnr@7, 1 step': 0.}) and 'blur' in gate('ode', 'small', {'to end, t 1.00': 1.})
     assert 'none for preset' in gate('ar', 'wan-14b', {})
