@@ -20,7 +20,7 @@ PATHS, FRAMES = 64, 16
 def resize(video, size):
     """Pictures (B, F, H, W, 3) at (height, width) `size`."""
     x = video.flatten(0, 1).movedim(-1, 1)
-    x = F.interpolate(x, size, mode='area') if size[0] < x.shape[2] else F.interpolate(x, size, mode='bicubic')
+    x = F.interpolate(x, size, mode='area' if size[0] < x.shape[2] else 'bicubic')
     return x.clamp(0, 1).movedim(1, -1).unflatten(0, video.shape[:2])
 
 
@@ -32,7 +32,7 @@ if __name__ == '__main__':
         world, captions = held_out(cfg, header, range(PATHS), FRAMES)
         truth = world['frames'].float() / 255
         first = codec.encode(truth[:, :1])
-        noise = noise_for([cfg.seed * 1000 + i for i in range(PATHS)], first.shape[2:], 'cpu')
+        noise = noise_for(range(PATHS), first.shape[2:], 'cpu')
         videos[path] = walk(model.eval(), cfg, header, codec, relative(world['c2w']), world['K'], captions, first, noise)
         truths[tuple(truth.shape[2:4])] = truth
     print('| checkpoint | size | ' + ' | '.join(f'at {h} x {w}: psnr@1 | @7 | @15' for h, w in sorted(truths)) + ' |\n' + '|---' * (2 + 3 * len(truths)) + '|')
