@@ -578,7 +578,7 @@ def _make_shard(job):
     codec = find_codec(cfg.wan, 'cuda' if torch.cuda.is_available() else 'cpu')
     tensors, captions = WORLDS[cfg.world](cfg, split, indices)
     tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
-    z = tensors['latents'] = codec.encode(tensors['frames']).half().cpu()
+    z = tensors['latents'] = torch.cat([codec.encode(frames[None]).half().cpu() for frames in tensors['frames']])      # clip by clip: memory
     if cfg.wan:
         tensors['text'] = codec.embed(captions).bfloat16().cpu()
     rows = torch.stack([tensors['frames'][:8], (codec.decode(z[:8]).cpu() * 255).byte()])[:, :, ::2 * codec.stride]
