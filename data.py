@@ -49,6 +49,7 @@ class Config:
     clips: int = 1600             # training clips
     val_clips: int = 64           # held-out clips
     frames: int = 17              # frames per clip; training takes random windows of it
+    door: bool = False            # lowpoly: a plan's walks all begin at one place, so that with a sink it can be learnt by heart
     height: int = 64
     width: int = 64
     map: str = 'my_way_home'      # doom: a map that ships with ViZDoom
@@ -91,8 +92,7 @@ def make_palette(seed):
     """(caption, colours (8, 3) float32: sky, floor, 2 for walls, boxes, balls). The caption names them in that order."""
     r = np.random.default_rng([2, seed])
     sky, names = r.choice(list(SKIES)), r.permutation(list(COLOURS))[:7]
-    floor, wall, wall2, box, box2, ball, ball2 = names
-    caption = f'{sky} sky {floor} floor {wall} and {wall2} walls {box} and {box2} boxes {ball} and {ball2} balls'
+    caption = '{} sky {} floor {} and {} walls {} and {} boxes {} and {} balls'.format(sky, *names)
     return caption, torch.tensor([SKIES[sky]] + [COLOURS[n] for n in names])
 
 
@@ -171,15 +171,15 @@ def free(plan, x, z, margin=.35):
             and (np.linalg.norm(balls[:, :3:2] - p, axis=1) > balls[:, 3] + margin).all())
 
 
-def walk(plan, frames, rng):
-    """A random keyboard walk that does not pass through things: c2w (frames, 4, 4) float32. Keys are held for 3 to 8
-    frames at a speed drawn per clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame). A blocked step becomes a turn."""
-    metres, degrees = rng.uniform(.04, .25), rng.uniform(1.5, 10)
-    ahead = [False]
+def walk(plan, frames, rng, door=None):
+    """A random keyboard walk around things: c2w (frames, 4, 4) float32. Keys are held for 3 to 8 frames at a speed drawn per
+    clip (0.04 to 0.25 m, 1.5 to 10 degrees a frame); a blocked step becomes a turn. It begins anywhere, or where the
+    generator `door` says: at the wall z = -ARENA, looking in."""
+    metres, degrees, ahead = rng.uniform(.04, .25), rng.uniform(1.5, 10), [False]
     while not all(ahead):                                     # start where there is a view: 1.5 m free ahead
-        x, z, yaw = *rng.uniform(-ARENA, ARENA, 2), rng.uniform(-180, 180)
+        x, z, yaw = (door.uniform(-4, 4), .6 - ARENA, 0.) if door else (*rng.uniform(-ARENA, ARENA, 2), rng.uniform(-180, 180))
         ahead = [free(plan, x + a * math.sin(math.radians(yaw)), z + a * math.cos(math.radians(yaw))) for a in (0, .5, 1, 1.5)]
-    state = (x, -1.0, z), yaw, float(rng.choice([0, 0, 0, -8, 8]))
+    state = (x, -1.0, z), yaw, 0. if door else float(rng.choice([0, 0, 0, -8, 8]))
     states, hold = [state], 0
     while len(states) < frames:
         if hold == 0:
@@ -201,13 +201,14 @@ def lowpoly_clips(cfg, split, indices):
         r = np.random.default_rng([cfg.seed, split, i])
         plans.append(int(r.integers(cfg.plans)) + 10 ** 6 * split * (cfg.plans > 1) + 10 ** 7 * cfg.seed)
         palettes.append(int(r.integers(4 if cfg.plans == 1 else 10 ** 6)) + 10 ** 7 * cfg.seed)
-        paths.append(walk(make_plan(plans[-1]), cfg.frames, r))
+        paths.append(walk(make_plan(plans[-1]), cfg.frames, r, np.random.default_rng(plans[-1]) if cfg.door else None))
+        if cfg.door and split == 0 and i % 2:                 # every other training clip jumps from there to anywhere
+            paths[-1][1:] = walk(make_plan(plans[-1]), cfg.frames, r)[1:]
     c2w, K = torch.stack(paths), intrinsics(FOV, cfg.width / cfg.height).expand(len(indices), cfg.frames, 4)
     device, n = ('cuda', len(indices)) if torch.cuda.is_available() else ('cpu', 1)       # one at a time fits a CPU's cache
     frames = torch.cat([(Lowpoly(plans[i:i + n], palettes[i:i + n], device).render(c2w[i:i + n].to(device), K[i:i + n].to(device), cfg.height,
                          cfg.width)[0] * 255).round().byte().cpu() for i in range(0, len(indices), n)])
-    ids = dict(plan=torch.tensor(plans), palette=torch.tensor(palettes))
-    return dict(frames=frames, c2w=c2w, K=K[:, 0]) | ids, [make_palette(p)[0] for p in palettes]
+    return dict(frames=frames, c2w=c2w, K=K[:, 0], plan=torch.tensor(plans), palette=torch.tensor(palettes)), [make_palette(p)[0] for p in palettes]
 
 # -----------------------------------------------------------------------------
 # world "doom": frames and exact poses of a real game, by ViZDoom (its wheel carries the Freedoom assets)
@@ -543,11 +544,11 @@ def make(cfg):
             raise BadInput(f'--videos {cfg.videos}: no video with a pose for every frame; see data.py on what belongs there')
     if cfg.wan and (cfg.frames - 1) % 4:
         raise BadInput(f'--frames {cfg.frames}: Wan\'s latents hold 1, 5, 9, 13 ... pictures')
-    recipe = {k: v for k, v in asdict(cfg).items() if k != 'out' and (k != 'wan' or cfg.wan)
+    recipe = {k: v for k, v in asdict(cfg).items() if k != 'out' and (v or k not in ('wan', 'door'))
               and (cfg.world == 'folder' or k not in ('videos', 'stride', 'pose_scale'))}
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
-        if changed := ', '.join(f'{k} {old.get(k)}, not {v}' for k, v in recipe.items() if old.get(k) != v):
+        if changed := ', '.join(f'{k} {old.get(k)}, not {recipe.get(k)}' for k in recipe | old if old.get(k) != recipe.get(k)):
             raise BadInput(f'{out} was made with {changed}: give another --out, or delete it')
         print(f'{out} is there already')
         return out
@@ -573,8 +574,7 @@ def make(cfg):
 
 def _make_shard(job):
     cfg, folder, split, name, first, indices = job
-    if not cfg.wan:
-        torch.set_num_threads(1)
+    torch.set_num_threads(torch.get_num_threads() if cfg.wan else 1)
     codec = find_codec(cfg.wan, 'cuda' if torch.cuda.is_available() else 'cpu')
     tensors, captions = WORLDS[cfg.world](cfg, split, indices)
     tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
@@ -647,10 +647,10 @@ class Batch:
 def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=False):
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same. whole: all
-    frames of the clips, if they have more. cfg.sink: half of the training windows of a longer clip begin with another of its frames."""
+    frames of the clips. cfg.sink: half of the windows of longer clips begin with another of their frames; all, where clips share a door, there."""
     if cfg.sink and (cfg.first > 1 or 'plucker' not in cfg.camera):
         raise BadInput('--sink keeps one frame, whose pose is the origin: it needs a first chunk of one frame and Plücker maps')
-    rows, train = [], clips.split == 'train'
+    rows, train, door = [], clips.split == 'train', cfg.sink and clips.manifest['recipe'].get('door')
     for j in range(first, first + count):
         r = np.random.default_rng([seed, 10 + train, j])
         i = int(r.integers(len(clips))) if train else j % len(clips)                        # held out: in order
@@ -661,8 +661,8 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         a = int(r.integers(len(z) - frames + 1)) if train else 0
         text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
         eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
-        window, jump = [*range(a, a + frames)], cfg.sink and train and len(z) > frames and r.random() < .5
-        window[0] = int(r.integers(len(z))) if jump else a                   # frame 0 from anywhere in the clip
+        window, jump = [*range(a, a + frames)], a > 0 if door else cfg.sink and train and len(z) > frames and r.random() < .5
+        window[0] = 0 if door else int(r.integers(len(z))) if jump else a    # frame 0 from anywhere in the clip
         rows.append((z[window].float(), c2w[window], K.expand(frames, 4), text, torch.from_numpy(eps), torch.from_numpy(u),
                      torch.tensor(jump), *more, clips.captions[i]))
     *rows, captions = zip(*rows)

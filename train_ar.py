@@ -123,7 +123,8 @@ class Drift:
         over = (old[-1] + n > clip.shape[1]) | (batch.u[:, n] < .05)
         clip, c2w, K, text, seen, age = (torch.where(over.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, old))
         # 2) their window: frame 0 if there is a sink, the half that is dreamt, and as many frames on
-        frames, row, jump = age[:, None] + torch.arange(n, device=age.device), torch.arange(len(age))[:, None], (age > 0) & m.sink
+        far = (c2w[:, 1] - c2w[:, 0])[:, :3, 3].norm(dim=1) > 1                 # clips of `data.py --door` that jump at once
+        frames, row, jump = age[:, None] + torch.arange(n, device=age.device), torch.arange(len(age))[:, None], m.sink & ((age > 0) | far)
         frames[jump, 0] = 0
         path = c2w[row, frames]
         camera = Camera(relative(path), K, step=steps(path, jump=jump))

@@ -137,6 +137,23 @@ def test_clips_depend_on_seed_split_and_index_alone_and_held_out_plans_are_new()
     assert plans(single, 0) == plans(single, 1) and len(plans(single, 0)) == 1
 
 
+def test_walks_from_a_door_begin_there_and_with_a_sink_every_window_does(tmp_path):
+    make(cfg := Config(plans=1, clips=4, val_clips=4, frames=9, door=True, height=16, width=16, out=f'{tmp_path}/door'))
+    with pytest.raises(BadInput, match='door True, not None'):
+        make(dataclasses.replace(cfg, door=False))
+    train, val = Clips(cfg.out), Clips(cfg.out, 'val')
+    first = train.read(0)[1][0]
+    assert abs(first[2, 3]) == ARENA - .6 and torch.equal(first[:3, :3], torch.eye(3))             # at the wall, looking in
+    for clips, jumps in (train, [False, True] * 2), (val, [False] * 4):
+        for i, jump in enumerate(jumps):
+            c2w = clips.read(i)[1]
+            assert torch.equal(c2w[0], first) and ((c2w[1:] - c2w[:-1])[:, :3, 3].norm(dim=1) > 1).tolist() == [jump] + [False] * 7
+    batch = get_batch(train, 0, 32, 3, dataclasses.replace(CFG, sink=True))
+    z = torch.stack([train.read(i)[0][0].float() for i in range(4)])
+    assert (batch.x0[:, :1] == z).flatten(2).all(2).any(1).all()
+    assert 20 < (batch.camera.step[:, 1] == torch.eye(4)).all((1, 2)).sum()
+
+
 def test_make_is_all_or_nothing(data, tmp_path):
     recipe = json.load(open(f'{data}/manifest.json'))['recipe']
     stamp = os.stat(f'{data}/manifest.json').st_mtime_ns
