@@ -100,7 +100,7 @@ def test_keys_walk_and_the_world_rests_without_them(port):
         ws.send('{"truth": true}'), press(ws, 'j')
         for _ in range(2):
             header, picture = frame(ws)
-        assert header['w'] == 128 and picture.shape == (1, 64, 128, 3)
+        assert header['w'] == 256 and picture.shape == (1, 128, 256, 3)
         ws.send('{"truth": false}'), press(ws, 'j', False)
 
 
@@ -114,7 +114,7 @@ def test_steps_checkpoint_prompt_and_start_change_under_way(port):
             began = time.time()
             while (header := frame(ws)[0])[key] != value:
                 assert time.time() < began + 20
-            assert header['h'] == {'doom': 48, 'home': 64}.get(header['ckpt'], 128)      # pictures of another size begin anew
+            assert header['h'] == (48 if header['ckpt'] == 'doom' else 128)      # pictures of another size begin anew
         assert header['metres'] == 0
 
 
