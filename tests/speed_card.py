@@ -1,7 +1,7 @@
 """
 The README's speed table, written by one command between its two marks:
 
-    python tests/speed_card.py checkpoints/ar.safetensors:48,8 checkpoints/home.safetensors:4,2,1
+    python tests/speed_card.py checkpoints/ar.safetensors:8,1 checkpoints/dmd.safetensors:4,2,1
 
 Each row is `stream.py --bench` in a process of its own. Then the same frames by a naive loop over the same weights (no
 cache of the prompt, a key-value cache that is concatenated anew, tables and camera made at every call), and with one
