@@ -647,7 +647,7 @@ class Batch:
 def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=False):
     """Samples first .. first + count of an endless stream. Sample j (clip, window, noise, dropout) depends on (seed,
     split, j) alone: ranks and micro-batches take slices of it, so a resumed or a parallel run sees the same. whole: all
-    frames of the clips. cfg.sink: half of the windows of longer clips begin with another of their frames; all, where clips share a door, there."""
+    frames of the clips. cfg.sink: half of the training windows begin with another frame of their clip, or, if clips have a door, all with that."""
     if cfg.sink and (cfg.first > 1 or 'plucker' not in cfg.camera):
         raise BadInput('--sink keeps one frame, whose pose is the origin: it needs a first chunk of one frame and Plücker maps')
     rows, train, door = [], clips.split == 'train', cfg.sink and clips.manifest['recipe'].get('door')
@@ -662,7 +662,7 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
         eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
         window, jump = [*range(a, a + frames)], a > 0 if door else cfg.sink and train and len(z) > frames and r.random() < .5
-        window[0] = 0 if door else int(r.integers(len(z))) if jump else a    # frame 0 from anywhere in the clip
+        window[0] = 0 if door else int(r.integers(len(z))) if jump else a    # the door, or any frame of the clip
         rows.append((z[window].float(), c2w[window], K.expand(frames, 4), text, torch.from_numpy(eps), torch.from_numpy(u),
                      torch.tensor(jump), *more, clips.captions[i]))
     *rows, captions = zip(*rows)

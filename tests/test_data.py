@@ -143,7 +143,7 @@ def test_walks_from_a_door_begin_there_and_with_a_sink_every_window_does(tmp_pat
         make(dataclasses.replace(cfg, door=False))
     train, val = Clips(cfg.out), Clips(cfg.out, 'val')
     first = train.read(0)[1][0]
-    assert abs(first[2, 3]) == ARENA - .6 and torch.equal(first[:3, :3], torch.eye(3))             # at the wall, looking in
+    assert first[2, 3] == .6 - ARENA and torch.equal(first[:3, :3], torch.eye(3))             # at the wall, looking in
     for clips, jumps in (train, [False, True] * 2), (val, [False] * 4):
         for i, jump in enumerate(jumps):
             c2w = clips.read(i)[1]
