@@ -94,12 +94,18 @@ def relative(c2w, origin=None):
 
 def steps(c2w, before=None, jump=None):
     """Poses (B, F, 4, 4) seen from the frame before; the first from `before` (B, 1, 4, 4), else it is the identity; so is
-    frame 1's where jump (B,) says that it does not follow frame 0."""
+    the first move where jump (B,) says that it leads elsewhere."""
     path = torch.cat([c2w[:, :1] if before is None else before, c2w], 1).double()
     step = (invert(path[:, :-1]) @ path[:, 1:]).to(c2w.dtype)
     if jump is not None:
-        step[jump, 1:2] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
+        step[jump, :1 + (before is None)] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
     return step
+
+
+def jumps(c2w):
+    """Which paths (B, F, 4, 4) go on elsewhere than they begin (`data.py --door`): a first move of 3 times any other, and 1 m."""
+    move = c2w[..., :3, 3].diff(dim=1).norm(dim=2)
+    return (move[:, :1] > 1 + 3 * move[:, 1:]).all(1)
 
 
 def pose_error(a, b):
@@ -148,8 +154,7 @@ def parse_keys(text):
     for i, group in enumerate(text.split(',')):
         m = re.fullmatch(rf'((?:dn|[{KEYS}])*)(?:\*(\d+))?', group.strip())
         if not m or not group.strip():
-            raise BadInput(f'keys: group {i + 1} of "{text}" is "{group.strip()}": write letters of {KEYS} (or dn), '
-                           'then *count, as in "w*12,wl*6"')
+            raise BadInput(f'keys: group {i + 1} of "{text}" is "{group.strip()}": write letters of {KEYS} (or dn), then *count, as in "w*12,wl*6"')
         keys += [m[1].replace('dn', 'o')] * int(m[2] or 1)
     return keys
 
@@ -185,8 +190,7 @@ def minwm_poses(keys, metres=0.08, degrees=3.0):
 
 
 def poses_to_keys(c2w, metres=METRES, degrees=DEGREES):
-    """Poses (F, 4, 4) -> F - 1 keys: those whose motion is at least half a unit. Undoes keys_to_poses for single
-    units; diagonal and turning walks keep their letters."""
+    """Poses (F, 4, 4) -> F - 1 keys, those whose motion is at least half a unit: undoes keys_to_poses, letter for letter."""
     R, t = c2w[:, :3, :3].double(), c2w[:, :3, 3].double()
     yaw, pitch = torch.rad2deg(torch.atan2(R[:, 0, 2], R[:, 2, 2])), torch.rad2deg(torch.asin(-R[:, 1, 2]))
     dyaw, dpitch = (yaw.diff() + 180) % 360 - 180, pitch.diff()

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, make_pose, minwm_poses, move, rays, relative, steps
+from camera import BadInput, Camera, crop_intrinsics, intrinsics, invert, jumps, make_pose, minwm_poses, move, rays, relative, steps
 from model import command_line, embed_text, save_tensors
 
 
@@ -235,8 +235,7 @@ def doom_clips(cfg, split, indices):
     game.set_screen_resolution(vzd.ScreenResolution.RES_320X240)
     for off in ('hud', 'weapon', 'crosshair', 'decals', 'particles', 'effects_sprites', 'messages', 'corpses'):
         getattr(game, f'set_render_{off}')(False)
-    game.set_available_buttons([getattr(vzd.Button, b) for b in (
-        'MOVE_FORWARD', 'MOVE_BACKWARD', 'MOVE_LEFT', 'MOVE_RIGHT', 'TURN_LEFT_RIGHT_DELTA')])
+    game.set_available_buttons([getattr(vzd.Button, b) for b in ('MOVE_FORWARD', 'MOVE_BACKWARD', 'MOVE_LEFT', 'MOVE_RIGHT', 'TURN_LEFT_RIGHT_DELTA')])
     game.set_available_game_variables([getattr(vzd.GameVariable, v) for v in ('POSITION_X', 'POSITION_Y', 'POSITION_Z', 'ANGLE')])
     game.set_episode_timeout(0)
     game.init()
@@ -661,7 +660,7 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         a = int(r.integers(len(z) - frames + 1)) if train else 0
         text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
         eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
-        window, jump = [*range(a, a + frames)], a > 0 if door else cfg.sink and train and len(z) > frames and r.random() < .5
+        window, jump = [*range(a, a + frames)], a > 0 or bool(jumps(c2w[None])) if door else cfg.sink and train and len(z) > frames and r.random() < .5
         window[0] = 0 if door else int(r.integers(len(z))) if jump else a    # the door, or any frame of the clip
         rows.append((z[window].float(), c2w[window], K.expand(frames, 4), text, torch.from_numpy(eps), torch.from_numpy(u),
                      torch.tensor(jump), *more, clips.captions[i]))

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps
+from camera import BadInput, Camera, jumps, relative, steps
 from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
 from model import (DiT, add_noise, attention_path, chunk_ids, clip_gradients, command_line, gate, learning_rate, load_model,
@@ -99,13 +99,14 @@ def walk(model, cfg, batch, index):
     path, grad = there_and_back(batch.x0.shape[1], before + n), torch.is_grad_enabled()
     c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
     kept = [0] * m.sink + [*range(before + m.sink, before + n)]             # the window at the walk's end
-    step = steps(c2w[:, kept], jump=torch.full((len(c2w),), m.sink and before > 0))
+    jump = jumps(batch.camera.c2w)
+    step = steps(c2w[:, kept], jump=m.sink & ((before > 0) | jump))
     seen = replace(batch, x0=batch.x0[:, path[kept]], eps=batch.eps[:, :n], camera=Camera(relative(c2w[:, kept]), K[:, kept], step=step))
     if cfg.rollout == 'self':
         sizes, frames = torch.bincount(chunk_ids(before + n, m.chunk, m.first)).tolist(), []
         cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
         chunks = rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None, window=n,
-                         renoise=True, exit_step=exit_step, context=cfg.context)
+                         renoise=True, exit_step=exit_step, context=cfg.context, jump=jump)
         for i in range(len(sizes)):
             with torch.set_grad_enabled(grad and sum(sizes[:i]) >= before):
                 frames.append(next(chunks))
@@ -163,8 +164,7 @@ def critic_loss(nets, cfg, batch, walked):
 
 def vigour(walk, truth):
     """Sharpness and motion of generated frames relative to the truth's, both (n, F, H, W, 3)."""
-    return {'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(),
-            'motion': (motion(walk).mean() / motion(truth).mean()).item()}
+    return {'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(), 'motion': (motion(walk).mean() / motion(truth).mean()).item()}
 
 
 def numbers(walk, truth):

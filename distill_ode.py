@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps
+from camera import BadInput, Camera, jumps, relative, steps
 from data import Clips, batches, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, clip_gradients, command_line, gate, learning_rate,
@@ -147,8 +147,7 @@ def ode_loss(net, cfg, batch):
 # the lesson, 2: causal consistency distillation (Causal Forcing++, section 3.2): the same map, without pairs
 
 def cd_loss(net, cfg, batch, teacher, averaged):
-    """One teacher step links two neighbouring times; where the student and its average land from them must agree.
-    Returns as ode_loss."""
+    """One teacher step links two neighbouring times; where the student and its average land from them must agree. Returns as ode_loss."""
     B, F = batch.x0.shape[:2]
     # 1) neighbours t > t' on the grid, one pair for each clip, in float32
     grid = schedule(cfg.teacher_steps, net.cfg.shift).to(batch.x0.device)
@@ -181,8 +180,9 @@ def walked(teacher, cfg, clip, rng):
     before = m.chunk * int(rng.integers((F - n) // m.chunk + 1))
     kept, c2w, K = [0] * m.sink + [*range(before + m.sink, before + n)], clip.camera.c2w[:, :before + n], clip.camera.K[:, :before + n]
     times, noise = schedule(min(cfg.student_steps, cfg.teacher_steps), m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device)
-    x0 = walk_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n, context=cfg.context)
-    camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=torch.full((B,), m.sink and before > 0)))
+    x0 = walk_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n,
+                   context=cfg.context, jump=jumps(clip.camera.c2w))
+    camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=m.sink & ((before > 0) | jumps(clip.camera.c2w))))
     return replace(clip, x0=x0[:, kept], eps=clip.eps[:, :n], camera=camera)
 
 

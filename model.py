@@ -318,8 +318,7 @@ def rotary_table(pos, h, w, Dh, device):
     n = 2 * (Dh // 6)
     f = torch.tensor(pos, dtype=torch.float64)[:, None] * spectrum(Dh - 2 * n)
     y, x = (torch.arange(s, dtype=torch.float64)[:, None] * spectrum(n) for s in (h, w))
-    angle = torch.cat([f[:, None, None].expand(-1, h, w, -1), y[None, :, None].expand(len(pos), -1, w, -1),
-                       x[None, None].expand(len(pos), h, -1, -1)], -1)
+    angle = torch.cat([f[:, None, None].expand(-1, h, w, -1), y[None, :, None].expand(len(pos), -1, w, -1), x[None, None].expand(len(pos), h, -1, -1)], -1)
     return torch.polar(torch.ones_like(angle), angle).flatten(0, 2)[:, None].to(device, torch.complex64)
 
 
@@ -559,7 +558,7 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
 # walking: the only chunk-by-chunk loop
 
 def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window=64, renoise=False, exit_step=None,
-            first_times=None, context=0.0, over='camera'):
+            first_times=None, context=0.0, over='camera', jump=None):
     """Generate a video chunk by chunk with a KV cache: yields clean chunks (B, n, C, H, W) for ever.
 
     cameras    iterator of Camera, one per chunk (its frame count is the chunk's); poses in any world frame. It is
@@ -578,6 +577,7 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
                of the next time (the sampler of consistency models; an Euler step would keep the old noise)
     exit_step  training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk. If gradient
                is enabled, that one call carries it; the cache is written from the detached x0, so none reaches the past
+    jump       (B,) bool, with cfg.sink: walks whose second chunk begins elsewhere than where their first frame is
 
     A chunk costs len(times) - 1 calls: the clean pass that writes it to the cache goes along with the next one's first."""
     B, twice = len(text), lambda x: torch.cat([x, x]) if guidance != 1 else x
@@ -586,8 +586,8 @@ def rollout(model, cameras, text, times, noise, first=None, guidance=1.0, window
     history, before, cache, origin, late, m = [], None, None, None, None, model.cfg    # history: (latents, Camera) of the window's chunks
 
     def place(camera, before):                              # as the network sees it, from here and now
-        jump = torch.ones(B, dtype=torch.bool) if m.sink and before is None else None
-        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before, jump))
+        apart = (torch.ones(B, dtype=torch.bool) if before is None else jump if len(history) == 1 else None) if m.sink else None
+        camera = Camera(relative(camera.c2w, origin), camera.K, camera.on, steps(camera.c2w, before, apart))
         return Camera.cat([camera, without(over, text[:B], camera)[1]], 0) if guidance != 1 else camera
 
     times_of = lambda x, t: torch.full((len(text), x.shape[1]), t, device=x.device)
@@ -712,8 +712,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):
-    """AdamW for all parameters or, with muon, Muon, computing in dtype, for the 2-D weights inside the blocks and
-    AdamW for the rest."""
+    """AdamW for all parameters or, with muon, Muon, computing in dtype, for the 2-D weights inside the blocks and AdamW for the rest."""
     hidden = [p for n, p in model.named_parameters() if muon and n.startswith('blocks') and p.ndim == 2]
     rest = [p for n, p in model.named_parameters() if not (muon and n.startswith('blocks') and p.ndim == 2)]
     if any(hasattr(p, 'full_tensor') for p in hidden):
@@ -858,8 +857,7 @@ def find_config(path, tensors, header):
     except KeyError as e:
         raise BadInput(f'{path}: its header holds no model config of ours and it has no {e}: is it another kind of file?') from None
     dim, in_dim, _, patch, _ = shape['patch_embedding.weight']
-    return ModelConfig(
-        dim, len(tensors['blocks.0.ffn.0.bias']()), config.get('num_heads', config.get('num_attention_heads', dim // 128)),
+    return ModelConfig(dim, len(tensors['blocks.0.ffn.0.bias']()), config.get('num_heads', config.get('num_attention_heads', dim // 128)),
         1 + max(int(k.split('.')[1]) for k in tensors if k.startswith('blocks.')), in_dim, len(tensors['head.head.bias']()) // patch ** 2,
         shape['time_embedding.0.weight'][1], shape['text_embedding.0.weight'][1], config.get('text_len', 512), config.get('eps', 1e-6), patch,
         'prope' if any('prope_o' in k for k in tensors) else 'none', chunk=4, first=4, shift=5.0)

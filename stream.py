@@ -36,8 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.benchmark import Timer
 
-from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys,
-                    rays, relative)
+from camera import (KEYS, BadInput, Camera, invert, keys_to_poses, make_pose, minwm_poses, move, parse_keys, pose_error, poses_to_keys, rays, relative)
 from data import (ARENA, Clips, Lowpoly, find_codec, frechet, free, load_manifest, load_poses, lowpoly_clips, make_plan, motion, noise_for,
                   psnr, sharpness, write_strip)
 from data import Config as DataConfig
@@ -404,8 +403,7 @@ class Live:
 
     @torch.inference_mode()
     def dream(self):
-        """Walk after walk. Each lasts until the page wishes for something else, and goes on from the picture that is
-        there unless it wishes for another start."""
+        """Walk after walk. Each lasts until the page wishes for something else, and goes on from the picture that is there, or from another start."""
         asked, model, z, kind = {}, None, None, None
         while True:
             with self.change:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from camera import BadInput, Camera, relative, steps
+from camera import BadInput, Camera, jumps, relative, steps
 from data import Clips, batches, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, clip_gradients, command_line, gate,
@@ -78,8 +78,7 @@ class Config:
 # the lesson: teacher forcing over [history | noisy] (Causal Forcing, section 3.1; one time per chunk)
 
 def loss_fn(model, cfg, batch, dreamt=None):
-    """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F)). dreamt: frames to take for
-    the history instead of the clip's."""
+    """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F)). dreamt: the history, if not the clip's frames."""
     B, F = batch.x0.shape[:2]
     u_text, u_camera = batch.u[:, F + 1:F + 3].unbind(1)
     # 1) one noise level per chunk, all independent: every chunk meets every level, whatever came before
@@ -123,8 +122,7 @@ class Drift:
         over = (old[-1] + n > clip.shape[1]) | (batch.u[:, n] < .05)
         clip, c2w, K, text, seen, age = (torch.where(over.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, old))
         # 2) their window: frame 0 if there is a sink, the half that is dreamt, and as many frames on
-        far = (c2w[:, 1] - c2w[:, 0])[:, :3, 3].norm(dim=1) > 1                 # clips of `data.py --door` that jump at once
-        frames, row, jump = age[:, None] + torch.arange(n, device=age.device), torch.arange(len(age))[:, None], m.sink & ((age > 0) | far)
+        frames, row, jump = age[:, None] + torch.arange(n, device=age.device), torch.arange(len(age))[:, None], m.sink & ((age > 0) | jumps(c2w))
         frames[jump, 0] = 0
         path = c2w[row, frames]
         camera = Camera(relative(path), K, step=steps(path, jump=jump))

@@ -89,9 +89,10 @@ def test_after_a_window_is_encoded_anew_nothing_is_stale(chunk, window, frames):
 def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, frames, camera, sink):
     """Where nothing in the cache knows an origin that moves, whole chunks leave at its far end, the others stay as they are. A sink
     stays, right before the oldest of them: the forward pass has a copy of it for every place that it takes.
+    One of two walks is told that its second chunk begins elsewhere: only that one move is none.
     A chunk's clean pass goes along with the next one's first step, when room for that one has been made."""
-    model, calls = tiny_model(chunk=chunk, camera=camera, sink=sink), []
-    x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
+    model, calls, jump = tiny_model(chunk=chunk, camera=camera, sink=sink), [], torch.tensor([True, False])
+    x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls, jump=jump)
     ids = chunk_ids(frames, chunk)
     ends = [int((ids <= i).sum()) for i in range(int(ids.max()) + 2)]                                # one past a chunk's last frame
     ends[-1] = frames + chunk                                                                        # of a chunk that never comes
@@ -105,7 +106,7 @@ def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, 
         if sink:
             mask[copies + q, max(a - 1, 0)] = True
     rows, pos = [0] * copies + [*range(frames)] * 2, [*range(copies)] + [*range(frames)] * 2
-    camera = Camera(relative(camera.c2w)[:, rows], camera.K[:, rows], step=steps(camera.c2w)[:, rows])
+    camera = Camera(relative(camera.c2w)[:, rows], camera.K[:, rows], step=steps(camera.c2w, jump=jump if sink else None)[:, rows])
     noisy = [c for c in calls if c[1].max() > 0]
     assert max(c[2] + c[0].shape[1] for c in calls) <= window
     for step in range(3):

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from camera import (KEYS, METRES, BadInput, Camera, crop_intrinsics, intrinsics, invert, keys_to_poses, make_pose,
-                    parse_keys, plucker, pose_error, poses_to_keys, rays, relative, steps)
+from camera import (KEYS, METRES, BadInput, Camera, crop_intrinsics, intrinsics, invert, jumps, keys_to_poses,
+                    make_pose, parse_keys, plucker, pose_error, poses_to_keys, rays, relative, steps)
 
 
 def random_poses(*shape):
@@ -116,5 +116,11 @@ def test_steps_compose_to_the_path():
         assert torch.allclose(at, path[:, i], atol=1e-6)
     assert torch.allclose(steps(path[:, 3:], path[:, 2:3]), moves[:, 3:], atol=1e-6)      # a slice, told what was before
     assert torch.equal(Camera(path, torch.zeros(1, 8, 4)).step, moves)
-    jumps = steps(path.expand(2, -1, -1, -1), jump=torch.tensor([False, True]))               # frame 1 does not follow frame 0
-    assert torch.equal(jumps[0], moves[0]) and torch.equal(jumps[1, 1], torch.eye(4)) and torch.equal(jumps[1, 2:], moves[0, 2:])
+    twice, no_yes = path.expand(2, -1, -1, -1), torch.tensor([False, True])
+    for first, before in (0, None), (3, twice[:, 2:3]):                                     # the first move of clip 1 leads elsewhere
+        told, i = steps(twice[:, first:], before, no_yes), first or 1
+        assert torch.equal(told[0], steps(path[:, first:], before if before is None else before[:1])[0])
+        assert torch.equal(told[1, i - first], torch.eye(4)) and torch.equal(told[1, i - first + 1:], told[0, i - first + 1:])
+    far = path.clone()
+    far[:, 1:, :3, 3] += 5
+    assert jumps(torch.cat([path, far, path[:, :1].expand_as(path)])).tolist() == [False, True, False]

@@ -140,8 +140,10 @@ def test_the_history_is_noised_as_its_times_say():
 @pytest.mark.parametrize('sink', [False, True])
 def test_a_walked_window_is_the_end_of_a_walk_along_the_clip(sink, monkeypatch):
     model, clip, walks = tiny_model(sink=sink), batch(F=9), []
-    monkeypatch.setattr(distill_ode, 'walk_clip', lambda *args, **kw: walks.append(walk_clip(*args, **kw)) or walks[-1])
-    seen = set()
+    monkeypatch.setattr(distill_ode, 'walk_clip', lambda *args, **kw: told.update(kw) or walks.append(walk_clip(*args, **kw)) or walks[-1])
+    seen, told = set(), {}
+    clip.camera.c2w = clip.camera.c2w.clone()
+    clip.camera.c2w[1, 1:, :3, 3] += 9                             # a clip of data.py --door that goes on elsewhere
     for seed in range(8):
         window = distill_ode.walked(model, distill_ode.Config(frames=3, student_steps=2), clip, np.random.default_rng(seed))
         before = walks[-1].shape[1] - 3
@@ -150,6 +152,8 @@ def test_a_walked_window_is_the_end_of_a_walk_along_the_clip(sink, monkeypatch):
         assert not torch.isclose(window.x0[:, 1:], clip.x0[:, frames[1:]]).all((2, 3, 4)).any()       # dreamt, not the clip's
         torch.testing.assert_close(window.camera.c2w, relative(clip.camera.c2w[:, frames]))
         assert (window.camera.step[0, 1] == torch.eye(4)).all() == (sink and before > 0) and window.eps.shape == window.x0.shape
+        assert told['jump'].tolist() == [b == 1 for b in range(len(clip.x0))]
+        assert (window.camera.step[1, 1] == torch.eye(4)).all() == sink
         seen.add(before)
     assert len(seen) > 3
 
