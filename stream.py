@@ -130,7 +130,8 @@ def sampler(cfg, header, shift):
 def walk(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along c2w (B, F, 4, 4), for walk and score; bench times the same rollout."""
     text, K = codec.embed(captions, model.cfg).to(c2w.device), K[:, None].expand(-1, c2w.shape[1], -1)
-    return codec.decode(walk_clip(model, c2w, K, text, noise=noise, first=first, **sampler(cfg, header, model.cfg.shift)))
+    z = walk_clip(model, c2w, K, text, noise=noise, first=first, **sampler(cfg, header, model.cfg.shift))
+    return torch.cat([codec.decode(x) for x in z.split(1)])
 
 
 def draw(picture, keys, scale):
@@ -168,8 +169,7 @@ def walk_to_file(model, cfg, header, codec, device):
     H, W = recipe['height'], recipe['width']
     world, captions = held_out(cfg, header, [cfg.clip])
     their_keys = header['stage'] == 'wan' and model.cfg.camera == 'prope'     # minWM's checkpoints know minWM's steps
-    path = load_poses(cfg.poses)[0] if cfg.poses else (minwm_poses if their_keys else keys_to_poses)(cfg.keys)
-    path = relative(path[None])
+    path = relative((load_poses(cfg.poses)[0] if cfg.poses else (minwm_poses if their_keys else keys_to_poses)(cfg.keys))[None])
     keys = [''] + (poses_to_keys(path[0]) if cfg.poses else parse_keys(cfg.keys))
     tail = (len(keys) - model.cfg.first) % model.cfg.chunk                    # a last, partial chunk is left out
     path, keys = path[:, :len(keys) - tail], keys[:len(keys) - tail]
@@ -283,19 +283,20 @@ def score(model, cfg, header, codec, device, find_poses=True):
     world, captions = held_out(cfg, header, range(min(cfg.paths, recipe['val_clips'])), max(recipe['frames'], cfg.frames))
     n, length = len(captions), min(cfg.frames or header['frames'], world['c2w'].shape[1])
     truth, c2w, K = world['frames'][:, :1 + (length - 1) * codec.stride].float() / 255, world['c2w'][:, :length], world['K']
-    z = codec.encode(truth)
-    ceiling, first = codec.decode(z).cpu(), None if cfg.first == 'prompt' or model.cfg.first > 1 else z[:, :1].to(device)
+    each = lambda f, *x: torch.cat([f(*path) for path in zip(*(y.split(1) for y in x))])                 # one path at a time: memory
+    z = each(codec.encode, truth)
+    ceiling, first = each(codec.decode, z).cpu(), None if cfg.first == 'prompt' or model.cfg.first > 1 else z[:, :1].to(device)
 
     def generate(poses):
         noise = noise_for([cfg.seed * 1000 + i for i in range(n)], z.shape[2:], device)
         return walk(model, cfg, header, codec, relative(poses).to(device), K.to(device), captions, first, noise).cpu()
     dream, wrong = generate(c2w), generate(c2w.roll(-1, 0))
-    p = psnr(dream, truth)
-    ratio = lambda f: (f(dream).mean(0) / f(ceiling).mean(0)).tolist()
+    p = each(psnr, dream, truth)
+    ratio = lambda f: (each(f, dream).mean(0) / each(f, ceiling).mean(0)).tolist()
     known = lambda x: [None if math.isnan(v) else v for v in x.tolist()]
-    out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(), psnr_ceiling=psnr(ceiling, truth).mean(0).tolist(),
-               psnr_copy=psnr(ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
-               psnr_wrong_path=psnr(wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
+    out = dict(psnr=p.mean(0).tolist(), psnr_se=(p.std(0) / n ** .5).tolist(), psnr_ceiling=each(psnr, ceiling, truth).mean(0).tolist(),
+               psnr_copy=each(psnr, ceiling[:, :1].expand_as(truth), truth).mean(0).tolist(),
+               psnr_wrong_path=each(psnr, wrong, truth).mean(0).tolist(), sharpness=ratio(sharpness), motion=[None] + ratio(motion),
                drift_db_per_frame=np.polyfit(range(1, p.shape[1]), p.mean(0)[1:].double(), 1)[0].item(),
                fd=frechet(dream[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
                fd_ceiling=frechet(ceiling[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)),
@@ -305,8 +306,8 @@ def score(model, cfg, header, codec, device, find_poses=True):
     elif recipe['world'] == 'lowpoly' and codec.stride == 1:
         worlds, size = [*zip(world['plan'].tolist(), world['palette'].tolist())], truth.shape[2:4]
         seen = torch.cat([seen_mask(Lowpoly([plan], [palette]).render(c, k[:, None].expand(-1, length, -1), *size, edges=0)[1], c, k)
-                          for (plan, palette), c, k in zip(worlds, c2w.split(1), K.split(1))])           # one at a time: memory
-        error = (dream.clamp(0, 1) - truth).square().mean(-1)
+                          for (plan, palette), c, k in zip(worlds, c2w.split(1), K.split(1))])
+        error = each(lambda a, b: (a.clamp(0, 1) - b).square().mean(-1), dream, truth)
         for name, mask in (('psnr_seen', seen), ('psnr_unseen', ~seen)):
             share = mask.float().mean((2, 3))
             db = -10 * ((error * mask).mean((2, 3)) / share).clamp(min=1e-10).log10()
