@@ -146,7 +146,7 @@ class Lowpoly:
     def render(self, c2w, K, H=64, W=64, edges=.25):
         """Pictures (B, V, H, W, 3) float in [0, 1] and distances (B, V, H, W) of V views c2w (B, V, 4, 4) of each world.
         The share `edges` of the pixels, where the surface changes most, is sampled four times (anti-aliasing)."""
-        if c2w.shape[1] > 256:                                # in parts: a view of 128 x 128 takes 16 MB
+        if c2w.shape[1] > 256:                                # in parts: long walks fill the memory
             return tuple(torch.cat(x, 1) for x in zip(*(self.render(*part, H, W, edges) for part in zip(c2w.split(256, 1), K.split(256, 1)))))
         B, V = c2w.shape[:2]
         o, d = rays(c2w, K, H, W)                             # (B, V, 3), (B, V, H, W, 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from camera import BadInput, intrinsics, make_pose
+from camera import BadInput, intrinsics, keys_to_poses, make_pose
 from data import (ARENA, FOV, Clips, Config, Lowpoly, decode, encode, get_batch, lapped_dct, lowpoly_clips,
                   make, make_palette, make_plan, psnr, walk)
 from model import ModelConfig, embed_text
@@ -111,6 +111,14 @@ def test_batches_are_slices_of_one_stream(data):
     assert not torch.equal(whole.eps, other.eps)
     with pytest.raises(BadInput, match='frames'):
         get_batch(clips, 0, 1, 99, CFG)
+
+
+def test_a_long_walk_is_rendered_in_parts_and_shows_the_same():
+    world, c2w, K = Lowpoly([3], [4]), keys_to_poses('wl*259')[None], intrinsics(90, 1).expand(1, 260, 4)
+    whole = world.render(c2w, K, 8, 8, edges=0)
+    for i in (0, 255, 256, 259):
+        for a, b in zip(whole, world.render(c2w[:, i:i + 1], K[:, :1], 8, 8, edges=0)):
+            assert a.shape[1] == 260 and torch.equal(a[:, i:i + 1], b)
 
 
 def test_with_a_sink_frame_0_of_half_the_samples_is_from_elsewhere_in_the_clip(data):
