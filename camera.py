@@ -103,7 +103,7 @@ def steps(c2w, before=None, jump=None):
 
 
 def jumps(c2w):
-    """Which paths (B, F, 4, 4) go on elsewhere than they begin (`data.py --door`): a first move of 3 times any other, and 1 m."""
+    """Which paths (B, F, 4, 4) go on elsewhere than they begin (`data.py --door`): a first move of over 1 m + 3 times any other."""
     move = c2w[..., :3, 3].diff(dim=1).norm(dim=2)
     return (move[:, :1] > 1 + 3 * move[:, 1:]).all(1)
 

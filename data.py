@@ -575,7 +575,8 @@ def make(cfg):
 
 def _make_shard(job):
     cfg, folder, split, name, first, indices = job
-    torch.set_num_threads(torch.get_num_threads() if cfg.wan else 1)
+    if not cfg.wan:
+        torch.set_num_threads(1)
     codec = find_codec(cfg.wan, 'cuda' if torch.cuda.is_available() else 'cpu')
     tensors, captions = WORLDS[cfg.world](cfg, split, indices)
     tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
@@ -662,7 +663,7 @@ def get_batch(clips, first, count, frames, cfg, seed=0, device='cpu', whole=Fals
         a = int(r.integers(len(z) - frames + 1)) if train else 0
         text = pad_text(more.pop(), cfg) if clips.embedded else embed_text([clips.captions[i]], cfg.text_len, cfg.text_dim)[0]
         eps, u = r.standard_normal((frames, *z.shape[1:]), dtype=np.float32), r.random(2 * frames + 4, dtype=np.float32)
-        window, jump = [*range(a, a + frames)], a > 0 or bool(jumps(c2w[None])) if door else cfg.sink and train and len(z) > frames and r.random() < .5
+        window, jump = [*range(a, a + frames)], (a > 0 or bool(jumps(c2w[None]))) if door else cfg.sink and train and len(z) > frames and r.random() < .5
         window[0] = 0 if door else int(r.integers(len(z))) if jump else a    # the door, or any frame of the clip
         rows.append((z[window].float(), c2w[window], K.expand(frames, 4), text, torch.from_numpy(eps), torch.from_numpy(u),
                      torch.tensor(jump), *more, clips.captions[i]))

@@ -176,13 +176,12 @@ def cd_loss(net, cfg, batch, teacher, averaged):
 def walked(teacher, cfg, clip, rng):
     """Whole clips -> a window of them, its frames (the history of the pairs) as the teacher has walked them from the first: the
     student, too, will stray, and must know the way on from there (DAgger: Ross et al. 2011)."""
-    m, n, (B, F, *shape) = teacher.cfg, cfg.frames, clip.x0.shape
+    m, n, (B, F, *shape), jump = teacher.cfg, cfg.frames, clip.x0.shape, jumps(clip.camera.c2w)
     before = m.chunk * int(rng.integers((F - n) // m.chunk + 1))
     kept, c2w, K = [0] * m.sink + [*range(before + m.sink, before + n)], clip.camera.c2w[:, :before + n], clip.camera.K[:, :before + n]
     times, noise = schedule(min(cfg.student_steps, cfg.teacher_steps), m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device)
-    x0 = walk_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], guidance=cfg.guidance, over=cfg.over, window=n,
-                   context=cfg.context, jump=jumps(clip.camera.c2w))
-    camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=m.sink & ((before > 0) | jumps(clip.camera.c2w))))
+    x0 = walk_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], jump=jump, guidance=cfg.guidance, over=cfg.over, window=n, context=cfg.context)
+    camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=m.sink & ((before > 0) | jump)))
     return replace(clip, x0=x0[:, kept], eps=clip.eps[:, :n], camera=camera)
 
 
