@@ -275,9 +275,7 @@ def main(cfg, stage):
                   for k, lr in (('generator', cfg.lr), ('fake', cfg.critic_lr))]
     config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'offload', 'checkpoint', 'log_every', 'save_every')}
     ema = {k: v.clone() for k, v in model.state_dict().items()}
-    start = load_resume(f'{path}.resume.safetensors', both, ema, optimizers, config)
-    if start:
-        say(f'go on from {path}.resume.safetensors, step {start}')
+    start = load_resume(f'{path}.resume.safetensors', both, ema, optimizers, config, say)
     if rank == 0 and start and os.path.exists(f'{path}.safetensors'):
         header = load_tensors(f'{path}.safetensors')[1]
         best = header['metrics']['score'] if header['step'] <= start else best

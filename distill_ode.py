@@ -29,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from camera import BadInput, Camera, jumps, relative, steps
-from data import Clips, batches, get_batch, load_manifest, make, noise_for, psnr, write_strip
+from data import Batch, Clips, batches, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
 from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, clip_gradients, command_line, gate, learning_rate,
                    load_model, load_resume, make_optimizers, pick_device, save_model, save_resume, save_tensors, schedule, shard,
@@ -173,25 +173,27 @@ def cd_loss(net, cfg, batch, teacher, averaged):
 # pairs on disk, in the format of data.py, so that get_batch reads them
 
 @torch.no_grad()
-def walked(teacher, cfg, clip, rng):
-    """Whole clips -> a window of them, its frames (the history of the pairs) as the teacher has walked them from the first: the
-    student, too, will stray, and must know the way on from there (DAgger: Ross et al. 2011)."""
-    m, n, (B, F, *shape), jump = teacher.cfg, cfg.frames, clip.x0.shape, jumps(clip.camera.c2w)
-    before = m.chunk * int(rng.integers((F - n) // m.chunk + 1))
-    kept, c2w, K = [0] * m.sink + [*range(before + m.sink, before + n)], clip.camera.c2w[:, :before + n], clip.camera.K[:, :before + n]
+def walked(teacher, cfg, clip, rng, count):
+    """Whole clips -> `count` windows of them, their frames (the history of the pairs) as the teacher has walked them from the first:
+    the student, too, will stray, and must know the way on from there (DAgger: Ross et al. 2011). A clip is walked once for all its windows."""
+    m, n, (B, F, *shape), jump, K = teacher.cfg, cfg.frames, clip.x0.shape, jumps(clip.camera.c2w), clip.camera.K
     times, noise = schedule(min(cfg.student_steps, cfg.teacher_steps), m.shift), noise_for(rng.integers(2 ** 31, size=B), shape, K.device)
-    x0 = walk_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], jump=jump, guidance=cfg.guidance, over=cfg.over, window=n, context=cfg.context)
-    camera = Camera(relative(c2w[:, kept]), K[:, kept], step=steps(c2w[:, kept], jump=m.sink & ((before > 0) | jump)))
-    return replace(clip, x0=x0[:, kept], eps=clip.eps[:, :n], camera=camera)
+    x0 = walk_clip(teacher, clip.camera.c2w, K, clip.text, times, noise, clip.x0[:, :1], jump=jump, guidance=cfg.guidance, over=cfg.over,
+                   window=n, context=cfg.context)
+    row, before = torch.from_numpy(np.stack([np.arange(count) % B, m.chunk * rng.integers((F - n) // m.chunk + 1, size=count)]))[..., None].to(K.device)
+    at = before + torch.arange(n, device=K.device)
+    kept = torch.where(m.sink & (at == before), 0, at)                        # (count, n): frames of the walk
+    c2w, u = clip.camera.c2w[row, kept], clip.u[row, before + torch.arange(2 * n + 4, device=K.device)]
+    camera = Camera(relative(c2w), K[row, kept], step=steps(c2w, jump=m.sink & ((before > 0) | jump[row])[:, 0]))
+    return Batch(x0[row, kept], camera, clip.text[row[:, 0]], clip.eps[row, at], u, tuple(clip.captions[b] for b in row))
 
 
 def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
     """Integrate cfg.pairs clips, cfg.pair_batch at a time, each shard by one rank; shards that exist are kept. Returns the folder."""
     folder = f'{cfg.out}/pairs-{cfg.teacher}'
-    path = cfg.init if cfg.teacher == 'causal' else cfg.bidirectional
     recipe = {k: getattr(cfg, k) for k in 'teacher frames student_steps teacher_steps guidance over pairs pair_batch drift context_noise context seed'.split()}
-    with open(path, 'rb') as f:
-        recipe |= {'checkpoint': path, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
+    with open(cfg.init if cfg.teacher == 'causal' else cfg.bidirectional, 'rb') as f:
+        recipe |= {'checkpoint': f.name, 'crc32': zlib.crc32(f.read()), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json') and (old := load_manifest(folder)['recipe']) != recipe:
         changed = ', '.join(k for k in recipe if recipe[k] != old.get(k))
         raise BadInput(f'{folder} was made with another {changed}: delete it, or give another --out')
@@ -203,10 +205,11 @@ def make_pairs(cfg, clips, teacher, device, dtype, say, rank=0, world=1):
         os.replace(f'{folder}/manifest.json.tmp', f'{folder}/manifest.json')
     for name, a, n in tqdm(shards[rank::world], desc=folder, unit='shard', disable=rank > 0):
         if not os.path.exists(f'{folder}/{name}'):
-            batch, rng = get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device), np.random.default_rng([12, cfg.seed, a])
-            if rng.random() < cfg.drift:
-                batch = walked(teacher, cfg, get_batch(clips, a, n, cfg.frames, teacher.cfg, cfg.seed + 1, device, whole=True), rng)
-            batch, level = noised_history(cfg, batch, teacher.cfg)
+            rng = np.random.default_rng([12, cfg.seed, a])
+            drift = rng.random() < cfg.drift
+            few = -(-n * cfg.frames // len(clips.read(0)[0])) if drift else n  # a walk of a whole clip has many windows
+            batch = get_batch(clips, a, few, cfg.frames, teacher.cfg, cfg.seed + 1, device, whole=drift)
+            batch, level = noised_history(cfg, walked(teacher, cfg, batch, rng, n) if drift else batch, teacher.cfg)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 times, at = (schedule(n, teacher.cfg.shift) for n in (cfg.teacher_steps, cfg.student_steps))
                 states = ode_states(teacher, batch, level, times, at[:-1], cfg.teacher == 'causal', cfg.guidance, cfg.over)
@@ -319,9 +322,7 @@ def main(cfg, stage):
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), dtype)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
-    if start:
-        say(f'go on from {path}.resume.safetensors, step {start}')
+    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config, say)
     tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
     say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '

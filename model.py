@@ -911,7 +911,7 @@ def save_resume(path, model, ema, optimizers, step, config):
         save_tensors(path, tensors, {'step': step, 'config': config})
 
 
-def load_resume(path, model, ema, optimizers, config):
+def load_resume(path, model, ema, optimizers, config, say=print):
     """Undo save_resume in place; the step to go on from, 0 if there is no such file. Raises BadInput if it is of another config."""
     if not os.path.exists(path):
         return 0
@@ -930,6 +930,7 @@ def load_resume(path, model, ema, optimizers, config):
             p, k = k.split('.')
             state.setdefault(int(p), {})[k] = split_like(v.to(params[int(p)].device), params[int(p)]) if v.ndim else v
         opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+    say(f'go on from {path}, step {meta["step"]}')
     return meta['step']
 
 # -----------------------------------------------------------------------------

@@ -210,9 +210,7 @@ def main(cfg, stage):
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), dtype)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     path = f'{cfg.out}/{stage}'
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config)
-    if start:
-        say(f'go on from {path}.resume.safetensors, step {start}')
+    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, config, say)
     tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
     say(f'{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
         f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '

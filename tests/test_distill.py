@@ -138,22 +138,25 @@ def test_the_history_is_noised_as_its_times_say():
 
 
 @pytest.mark.parametrize('sink', [False, True])
-def test_a_walked_window_is_the_end_of_a_walk_along_the_clip(sink, monkeypatch):
-    model, clip, walks = tiny_model(sink=sink), batch(F=9), []
+def test_walked_windows_are_parts_of_one_walk_along_each_clip(sink, monkeypatch):
+    model, clip, walks, told, n = tiny_model(sink=sink), batch(F=9), [], {}, 16
     monkeypatch.setattr(distill_ode, 'walk_clip', lambda *args, **kw: told.update(kw) or walks.append(walk_clip(*args, **kw)) or walks[-1])
-    seen, told = set(), {}
     clip.camera.c2w = clip.camera.c2w.clone()
     clip.camera.c2w[1, 1:, :3, 3] += 9                             # a clip of data.py --door that goes on elsewhere
-    for seed in range(8):
-        window = distill_ode.walked(model, distill_ode.Config(frames=3, student_steps=2), clip, np.random.default_rng(seed))
-        before = walks[-1].shape[1] - 3
+    windows = distill_ode.walked(model, distill_ode.Config(frames=3, student_steps=2), clip, np.random.default_rng(0), n)
+    assert len(walks) == 1 and walks[0].shape == clip.x0.shape and torch.equal(walks[0][:, 0], clip.x0[:, 0])
+    assert not torch.isclose(walks[0][:, 1:], clip.x0[:, 1:]).all((2, 3, 4)).any()                # dreamt, not the clip's
+    assert told['jump'].tolist() == [b == 1 for b in range(B)]
+    assert len(windows.x0) == len(windows.text) == len(windows.captions) == n and windows.eps.shape == windows.x0.shape
+    assert windows.u.shape == (n, 2 * 3 + 4) and len(windows.eps[:, :, 0, 0, 0].unique(dim=0)) > n / 2
+    seen = set()
+    for i in range(n):
+        b = i % B
+        before = next(a for a in range(7) if torch.equal(windows.x0[i, 1:], walks[0][b, a + 1:a + 3]))
         frames = [0 if sink else before, before + 1, before + 2]
-        assert torch.equal(window.x0, walks[-1][:, frames]) and torch.equal(walks[-1][:, 0], clip.x0[:, 0])
-        assert not torch.isclose(window.x0[:, 1:], clip.x0[:, frames[1:]]).all((2, 3, 4)).any()       # dreamt, not the clip's
-        torch.testing.assert_close(window.camera.c2w, relative(clip.camera.c2w[:, frames]))
-        assert (window.camera.step[0, 1] == torch.eye(4)).all() == (sink and before > 0) and window.eps.shape == window.x0.shape
-        assert told['jump'].tolist() == [b == 1 for b in range(len(clip.x0))]
-        assert (window.camera.step[1, 1] == torch.eye(4)).all() == sink
+        assert torch.equal(windows.x0[i], walks[0][b, frames]) and torch.equal(windows.text[i], clip.text[b]) and windows.captions[i] == clip.captions[b]
+        torch.testing.assert_close(windows.camera.c2w[i], relative(clip.camera.c2w[b:b + 1, frames])[0])
+        assert (windows.camera.step[i, 1] == torch.eye(4)).all() == (sink and (before > 0 or b == 1))
         seen.add(before)
     assert len(seen) > 3
 
