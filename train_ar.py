@@ -26,9 +26,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera, jumps, relative, steps
 from data import Clips, batches, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, clip_gradients, command_line, gate,
-                   learning_rate, load_model, load_resume, make_optimizers, pick_device, save_model, save_resume, schedule, shard,
-                   shift_time, sync_gradients, teacher_forced, update_ema, walk_clip, whole)
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, clip_gradients, command_line,
+                   find_checkpoint, gate, learning_rate, load_model, load_resume, make_optimizers, pick_device, save_model,
+                   save_resume, schedule, shard, shift_time, sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
 @dataclass
@@ -163,11 +163,9 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init) or 'none')):
-        if os.path.exists(path):
-            model, header = load_model(path, device)
-            say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
-            break
+    if path := find_checkpoint(cfg.init, Config.init):
+        model, header = load_model(path, device)
+        say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
     else:
         if cfg.preset not in PRESETS:
             raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')

@@ -254,7 +254,7 @@ def test_a_distilled_model_walks_in_few_steps(chain, tmp_path):
 @pytest.mark.parametrize('script, args, words', [
     ('distill_ode.py', ['--method', 'magic'], 'choose ode or cd'),
     ('distill_ode.py', ['--method', 'cd', '--teacher', 'bidirectional'], 'causal teacher'), ('distill_ode.py', ['--student_steps', 0], 'at least one step'),
-    ('distill_ode.py', ['--init', 'nowhere'], 'run train_ar.py first'), ('distill_dmd.py', ['--init', 'nowhere'], 'generator needs it'),
+    ('distill_ode.py', ['--init', 'nowhere'], 'nowhere: no such file: run train_ar.py first'), ('distill_dmd.py', ['--score', 'nowhere'], 'real score needs it'),
     ('distill_dmd.py', ['--rollout', 'magic'], 'choose self or teacher')])
 def test_distillation_says_what_is_wrong(script, args, words, data, chain, tmp_path):
     start = ['--init', f'{chain}/ode.safetensors', '--data', data, '--out', tmp_path]
@@ -264,7 +264,7 @@ def test_distillation_says_what_is_wrong(script, args, words, data, chain, tmp_p
 
 @pytest.mark.parametrize('args, words', [
     (['--chunk', 3], '5 frames do not divide'), (['--batch', 3, '--accum', 2], 'does not divide by 1 processes x --accum 2'),
-    (['--preset', 'huge', '--init', 'none'], 'choose one of tiny, nano'), (['--frames', 99], 'frames'),
+    (['--preset', 'huge', '--init', 'none'], 'choose one of tiny, nano'), (['--init', 'camera.safetensors'], 'camera.safetensors: no such file'), (['--frames', 99], 'frames'),
     (['--out', '/proc/nowhere'], '/proc/nowhere'), (['--eval_every', 0], '--eval_every 0: at least 1'), (['--frames', 1], 'at least 2')])
 def test_training_says_what_is_wrong(args, words, data, chain, tmp_path):
     assert words in run('train_ar.py', '--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 1,
