@@ -30,9 +30,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera, jumps, relative, steps
 from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
 from data import Config as DataConfig
-from model import (DiT, add_noise, attention_path, chunk_ids, clip_gradients, command_line, find_checkpoint, gate, learning_rate,
-                   load_model, load_resume, load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule,
-                   shard, shift_time, teacher_forced, update_ema, v_to_x0, walk_clip, whole, without)
+from model import (DiT, add_noise, attention_path, chunk_ids, clip_gradients, command_line, gate, learning_rate, load_model,
+                   load_resume, load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard,
+                   shift_time, teacher_forced, update_ema, v_to_x0, walk_clip, whole, without)
 
 
 @dataclass
@@ -203,13 +203,14 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
 # the three networks: from --init and --score, else from checkpoints/
 
 def start_nets(cfg, device, say):
-    def start(path, default, role):
-        path = find_checkpoint(path, default, f'the {role} needs it, run the stage before first')
-        model, header = load_model(path, device)
-        say(f'{role} from {path}: {header["stage"]}, {header["step"]} steps')
-        return model
-    nets = {'generator': start(cfg.init, Config.init, 'generator'), 'real': start(cfg.score, Config.score, 'real score'),
-            'fake': start(cfg.score, Config.score, 'fake score')}
+    def find(path, role):
+        for p in (path, os.path.join('checkpoints', os.path.basename(path)))[:1 + (path in (Config.init, Config.score))]:
+            if os.path.exists(p):
+                model, header = load_model(p, device)
+                say(f'{role} from {p}: {header["stage"]}, {header["step"]} steps')
+                return model
+        raise BadInput(f'{path}: no such file: the {role} needs it, run the stage before first')
+    nets = {'generator': find(cfg.init, 'generator'), 'real': find(cfg.score, 'real score'), 'fake': find(cfg.score, 'fake score')}
     nets['real'].requires_grad_(False)
     chunk_ids(cfg.frames, nets['generator'].cfg.chunk, nets['generator'].cfg.first)                 # raises if it does not divide
     if cfg.rollout not in ('self', 'teacher'):

@@ -31,10 +31,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera, jumps, relative, steps
 from data import Batch, Clips, batches, get_batch, load_manifest, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, clip_gradients, command_line, find_checkpoint, gate,
-                   learning_rate, load_model, load_resume, make_optimizers, pick_device, save_model, save_resume, save_tensors,
-                   schedule, shard, sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, walk_clip, whole,
-                   without)
+from model import (DiT, KVCache, add_noise, attention_path, causal_mask, chunk_ids, clip_gradients, command_line, gate, learning_rate,
+                   load_model, load_resume, make_optimizers, pick_device, save_model, save_resume, save_tensors, schedule, shard,
+                   sync_gradients, teacher_forced, teacher_forcing_mask, update_ema, v_to_x0, walk_clip, whole, without)
 
 
 @dataclass
@@ -260,10 +259,13 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: student and teacher from --init, else from checkpoints/
 
 def start_model(cfg, device, say):
-    cfg.init = find_checkpoint(cfg.init, Config.init, 'run train_ar.py first')
-    model, header = load_model(cfg.init, device)
-    say(f'start from {cfg.init}: {header["stage"]}, {header["step"]} steps')
-    return model
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init)))[:1 + (cfg.init == Config.init)]:
+        if os.path.exists(path):
+            model, header = load_model(path, device)
+            say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
+            cfg.init = path
+            return model
+    raise BadInput(f'--init {cfg.init}: no such file: run train_ar.py first')
 
 # -----------------------------------------------------------------------------
 # same in every stage: setup

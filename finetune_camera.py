@@ -27,9 +27,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera
 from data import Clips, batches, get_batch, make, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, clip_gradients, command_line, find_checkpoint, gate,
-                   learning_rate, load_model, load_resume, make_optimizers, pick_device, sample_clip, save_model, save_resume,
-                   schedule, shard, shift_time, sync_gradients, update_ema, whole)
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, clip_gradients, command_line, gate, learning_rate,
+                   load_model, load_resume, make_optimizers, pick_device, sample_clip, save_model, save_resume, schedule, shard,
+                   shift_time, sync_gradients, update_ema, whole)
 
 
 @dataclass
@@ -122,11 +122,14 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    if cfg.camera != 'none' and (path := find_checkpoint(cfg.init, Config.init)):
-        model, header = load_model(path, device, camera=cfg.camera)
-        model.cfg.sink |= cfg.sink
-        say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {model.cfg.camera}')
-        return model
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init)))[:1 + (cfg.init == Config.init)]:
+        if cfg.camera != 'none' and os.path.exists(path):
+            model, header = load_model(path, device, camera=cfg.camera)
+            model.cfg.sink |= cfg.sink
+            say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {model.cfg.camera}')
+            return model
+    if cfg.camera != 'none' and cfg.init not in (Config.init, 'none'):
+        raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
     if cfg.preset not in PRESETS:
         raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
     say('start from scratch' + f': there is no {cfg.init}' * (cfg.camera != 'none'))

@@ -911,16 +911,6 @@ def save_resume(path, model, ema, optimizers, step, config):
         save_tensors(path, tensors, {'step': step, 'config': config})
 
 
-def find_checkpoint(path, default, needed=''):
-    """path; if that is the default and there is no such file, the one of that name in checkpoints/; or None, for 'none' and where
-    there is neither: to start from scratch. Raises BadInput, which says what is `needed`, if another path does not exist, or instead of None."""
-    for p in (path, os.path.join('checkpoints', os.path.basename(path)))[:1 + (path == default)]:
-        if os.path.exists(p):
-            return p
-    if needed or path not in (default, 'none'):
-        raise BadInput(f'{path}: no such file{", and none in checkpoints/" * (path == default)}: {needed or "none, in its place, starts from scratch"}')
-
-
 def load_resume(path, model, ema, optimizers, config, say=print):
     """Undo save_resume in place; the step to go on from, 0 if there is no such file. Raises BadInput if it is of another config."""
     if not os.path.exists(path):

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from camera import BadInput, Camera, jumps, relative, steps
 from data import Clips, batches, get_batch, make, noise_for, psnr, write_strip
 from data import Config as DataConfig
-from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, clip_gradients, command_line,
-                   find_checkpoint, gate, learning_rate, load_model, load_resume, make_optimizers, pick_device, save_model,
-                   save_resume, schedule, shard, shift_time, sync_gradients, teacher_forced, update_ema, walk_clip, whole)
+from model import (PRESETS, DiT, add_noise, attention_path, bell_weight, chunk_ids, clip_gradients, command_line, gate,
+                   learning_rate, load_model, load_resume, make_optimizers, pick_device, save_model, save_resume, schedule, shard,
+                   shift_time, sync_gradients, teacher_forced, update_ema, walk_clip, whole)
 
 
 @dataclass
@@ -163,10 +163,14 @@ def evaluate(model, cfg, clips, device, strip=None):
 # the model: from --init, else from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
-    if path := find_checkpoint(cfg.init, Config.init):
-        model, header = load_model(path, device)
-        say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
+    for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init)))[:1 + (cfg.init == Config.init)]:
+        if os.path.exists(path):
+            model, header = load_model(path, device)
+            say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
+            break
     else:
+        if cfg.init not in (Config.init, 'none'):
+            raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
         if cfg.preset not in PRESETS:
             raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
         say(f'start from scratch: there is no {cfg.init}')
