@@ -912,7 +912,7 @@ def save_resume(path, model, ema, optimizers, step, config):
 
 
 def load_resume(path, model, ema, optimizers, config, say=print):
-    """Undo save_resume in place; the step to go on from, 0 if there is no such file. Raises BadInput if it is of another config."""
+    """Undo save_resume in place and say so; the step to go on from, 0 if there is no such file. Raises BadInput if it is of another config."""
     if not os.path.exists(path):
         return 0
     tensors, meta = load_tensors(path)
