@@ -200,7 +200,7 @@ def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=
     return metrics
 
 # -----------------------------------------------------------------------------
-# the three networks: from --init and --score, else from checkpoints/
+# the three networks: from --init and --score; where a default is not there, from checkpoints/
 
 def start_nets(cfg, device, say):
     def find(path, role):

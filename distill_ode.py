@@ -256,7 +256,7 @@ def evaluate(model, cfg, clips, device, strip=None):
     return metrics
 
 # -----------------------------------------------------------------------------
-# the model: student and teacher from --init, else from checkpoints/
+# the model: student and teacher from --init; where the default is not there, from checkpoints/
 
 def start_model(cfg, device, say):
     for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init)))[:1 + (cfg.init == Config.init)]:

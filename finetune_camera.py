@@ -119,7 +119,7 @@ def evaluate(model, cfg, clips, device, strip=None):
     return metrics
 
 # -----------------------------------------------------------------------------
-# the model: from --init, else from checkpoints/, else from scratch
+# the model: from --init; where the default is not there, from checkpoints/, else from scratch
 
 def start_model(cfg, device, say):
     for path in (cfg.init, os.path.join('checkpoints', os.path.basename(cfg.init)))[:1 + (cfg.init == Config.init)]:
