@@ -41,30 +41,38 @@ class BadInput(ValueError):
     """Something the user gave is wrong: one sentence that says what, where, and what to do about it."""
 
 
-def true_or_false(text):
-    """The type of the scripts' boolean flags: 'True' or 'False'."""
-    return bool(('False', 'True').index(text))
-
-
 @dataclass
 class Camera:
     """The cameras of consecutive frames of a batch of clips."""
     c2w: torch.Tensor                 # (B, F, 4, 4) camera to world, metres, float32
     K: torch.Tensor                   # (B, F, 4) normalised fx, fy, cx, cy
     on: torch.Tensor | None = None    # (B,) bool: False drops a sample's camera, for guidance; None: all on
-    step: torch.Tensor | None = None  # (B, F, 4, 4) poses seen from the frame before; None: steps(c2w)
+    move: torch.Tensor | None = None  # (B, F, 4, 4) each pose seen from the frame before; None: moves(c2w)
 
     def __post_init__(self):
-        self.step = steps(self.c2w) if self.step is None else self.step
+        if self.move is None:
+            self.move = moves(self.c2w)
+
+    def frames(self, index):
+        """The cameras of some frames only (a slice or a list), with the moves that they have here."""
+        return Camera(self.c2w[:, index], self.K[:, index], self.on, self.move[:, index])
 
     @staticmethod
     def cat(cameras, dim=1):
         """Join along frames (dim 1; `on` is the first one's) or along the batch (dim 0)."""
+        def switch(camera):
+            everyone = torch.ones(len(camera.K), dtype=torch.bool, device=camera.K.device)
+            return everyone if camera.on is None else camera.on
+
         on = cameras[0].on
-        if dim == 0 and any(c.on is not None for c in cameras):
-            on = torch.cat([torch.ones(len(c.K), dtype=torch.bool, device=c.K.device) if c.on is None else c.on for c in cameras])
-        join = lambda name: torch.cat([getattr(c, name) for c in cameras], dim)
-        return Camera(join('c2w'), join('K'), on, join('step'))
+        if dim == 0 and any(camera.on is not None for camera in cameras):
+            on = torch.cat([switch(camera) for camera in cameras])
+        return Camera(
+            torch.cat([camera.c2w for camera in cameras], dim),
+            torch.cat([camera.K for camera in cameras], dim),
+            on,
+            torch.cat([camera.move for camera in cameras], dim),
+        )
 
 # -----------------------------------------------------------------------------
 # poses
@@ -72,48 +80,66 @@ class Camera:
 def make_pose(position, yaw, pitch):
     """c2w (..., 4, 4) from position (..., 3) in metres and yaw, pitch (...) in degrees."""
     a, b = torch.deg2rad(yaw), torch.deg2rad(pitch)
-    c2w = torch.zeros(*position.shape[:-1], 4, 4, dtype=position.dtype, device=position.device)
-    c2w[..., 0, 0], c2w[..., 0, 1], c2w[..., 0, 2] = a.cos(), a.sin() * b.sin(), a.sin() * b.cos()
-    c2w[..., 1, 1], c2w[..., 1, 2] = b.cos(), -b.sin()
-    c2w[..., 2, 0], c2w[..., 2, 1], c2w[..., 2, 2] = -a.sin(), a.cos() * b.sin(), a.cos() * b.cos()
-    c2w[..., :3, 3], c2w[..., 3, 3] = position, 1
-    return c2w
+    sin_a, cos_a = a.sin(), a.cos()
+    sin_b, cos_b = b.sin(), b.cos()
+    zero = torch.zeros_like(a)
+    x, y, z = position.unbind(-1)
+    rows = [
+        [cos_a, sin_a * sin_b, sin_a * cos_b, x],
+        [zero, cos_b, -sin_b, y],
+        [-sin_a, cos_a * sin_b, cos_a * cos_b, z],
+        [zero, zero, zero, zero + 1],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2).to(position.dtype)
 
 
 def invert(pose):
-    """The inverse of rigid poses (..., 4, 4): c2w to w2c and back. R^T, not a general solve: exact to rounding."""
+    """The inverse of rigid poses (..., 4, 4): c2w to w2c and back. By R^T, so it is exact to rounding."""
     R, t = pose[..., :3, :3].mT, pose[..., :3, 3:]
-    return torch.cat([torch.cat([R, -R @ t], -1), pose[..., 3:, :]], -2)
+    top = torch.cat([R, -R @ t], -1)                               # (..., 3, 4)
+    return torch.cat([top, pose[..., 3:, :]], -2)
 
 
 def relative(c2w, origin=None):
     """Poses (B, F, 4, 4) seen from `origin` (B, 4, 4), by default frame 0, which becomes the identity."""
-    origin = c2w[:, 0] if origin is None else origin
-    return (invert(origin.double())[:, None] @ c2w.double()).to(c2w.dtype)
+    if origin is None:
+        origin = c2w[:, 0]
+    seen = invert(origin.double())[:, None] @ c2w.double()
+    return seen.to(c2w.dtype)
 
 
-def steps(c2w, before=None, jump=None):
-    """Poses (B, F, 4, 4) seen from the frame before; the first from `before` (B, 1, 4, 4), else it is the identity; so is
-    the first move where jump (B,) says that it leads elsewhere."""
-    path = torch.cat([c2w[:, :1] if before is None else before, c2w], 1).double()
-    step = (invert(path[:, :-1]) @ path[:, 1:]).to(c2w.dtype)
+def moves(c2w, before=None, jump=None):
+    """Each pose of a path (B, F, 4, 4) seen from the frame before it.
+
+    before (B, 1, 4, 4) is the frame before the path; without it the first move is the identity. jump (B,)
+    bool marks the paths whose first frame does not lead to the second (a sink: the first picture of a walk,
+    kept for ever while the other frames move on). That move says nothing, so it is the identity too.
+    """
+    start = c2w[:, :1] if before is None else before
+    path = torch.cat([start, c2w], 1).double()                     # (B, 1 + F, 4, 4)
+    move = invert(path[:, :-1]) @ path[:, 1:]                      # (B, F, 4, 4)
+    move = move.to(c2w.dtype)
     if jump is not None:
-        step[jump, :1 + (before is None)] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
-    return step
+        from_frame_0 = 1 if before is None else 0                  # the move that leads away from frame 0
+        move[jump, :from_frame_0 + 1] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
+    return move
 
 
-def jumps(c2w):
-    """Which paths (B, F, 4, 4) go on elsewhere than they begin (`data.py --door`): a first move of over 1 m + 3 times any other."""
-    move = c2w[..., :3, 3].diff(dim=1).norm(dim=2)
-    return (move[:, :1] > 1 + 3 * move[:, 1:]).all(1)
+def starts_elsewhere(c2w):
+    """Which paths (B, F, 4, 4) have a first frame far from all others: (B,) bool, where the first move is
+    longer than 1 m + 3 times any other. Clips of `data.py --door` may jump like that from the door."""
+    distance = c2w[..., :3, 3].diff(dim=1).norm(dim=2)             # (B, F - 1) metres
+    return (distance[:, :1] > 1 + 3 * distance[:, 1:]).all(1)
 
 
 def pose_error(a, b):
-    """Rotation (degrees) and translation (metres) between poses (..., 4, 4), each of shape (...). The angle is
-    2 asin(|Ra - Rb|_F / sqrt 8), which stays accurate near 0 where acos of the trace does not."""
+    """Rotation (degrees) and translation (metres) between poses (..., 4, 4), each of shape (...).
+    The angle is 2 asin(|Ra - Rb|_F / sqrt 8), accurate near 0 where acos of the trace is not."""
     a, b = a.double(), b.double()
     chord = (a[..., :3, :3] - b[..., :3, :3]).flatten(-2).norm(dim=-1)
-    return torch.rad2deg(2 * torch.asin((chord / math.sqrt(8)).clamp(max=1))), (a - b)[..., :3, 3].norm(dim=-1)
+    angle = 2 * torch.asin((chord / math.sqrt(8)).clamp(max=1))
+    distance = (a - b)[..., :3, 3].norm(dim=-1)
+    return torch.rad2deg(angle), distance
 
 # -----------------------------------------------------------------------------
 # intrinsics and rays
@@ -127,23 +153,30 @@ def intrinsics(fov_x, aspect):
 def crop_intrinsics(K, x, y, width, height):
     """K (..., 4) after cropping to a box given as fractions of the picture. A resize changes nothing."""
     size = K.new_tensor([width, height])
-    return torch.cat([K[..., :2] / size, (K[..., 2:] - K.new_tensor([x, y])) / size], -1)
+    focal = K[..., :2] / size
+    centre = (K[..., 2:] - K.new_tensor([x, y])) / size
+    return torch.cat([focal, centre], -1)
 
 
 def rays(c2w, K, H, W):
-    """Origins (..., 3) and unit directions (..., H, W, 3), in the world, through the centres of an H x W grid."""
-    y, x = torch.meshgrid(*((torch.arange(n, device=K.device) + 0.5) / n for n in (H, W)), indexing='ij')
-    fx, fy, cx, cy = (k[..., None, None] for k in K.float().unbind(-1))
-    d = torch.stack([(x - cx) / fx, (y - cy) / fy, torch.ones_like(x).expand(fx.shape[:-2] + x.shape)], -1)
-    d = torch.einsum('...ij,...hwj->...hwi', c2w[..., :3, :3].float(), torch.nn.functional.normalize(d, dim=-1))
-    return c2w[..., :3, 3].float(), d
+    """Origins (..., 3) and unit directions (..., H, W, 3), in the world, of the cells of an H x W grid."""
+    row = (torch.arange(H, device=K.device) + 0.5) / H
+    column = (torch.arange(W, device=K.device) + 0.5) / W
+    y, x = torch.meshgrid(row, column, indexing='ij')                      # (H, W) each, in [0, 1]
+    fx, fy, cx, cy = K.float()[..., None, None].unbind(-3)                 # (..., 1, 1) each
+    right, down = (x - cx) / fx, (y - cy) / fy                             # (..., H, W)
+    direction = torch.stack([right, down, torch.ones_like(right)], -1)     # in the camera's axes
+    direction = torch.nn.functional.normalize(direction, dim=-1)
+    direction = torch.einsum('...ij,...hwj->...hwi', c2w[..., :3, :3].float(), direction)
+    return c2w[..., :3, 3].float(), direction
 
 
 def plucker(c2w, K, H, W):
     """The Plücker map (B, F, 6, H, W), float32: each cell's ray as (direction d, moment o x d in metres)."""
-    o, d = rays(c2w, K, H, W)
-    moment = torch.linalg.cross(o[..., None, None, :].expand_as(d), d)
-    return torch.cat([d, moment], -1).movedim(-1, 2)
+    origin, direction = rays(c2w, K, H, W)
+    origin = origin[..., None, None, :].expand_as(direction)               # (B, F, H, W, 3)
+    moment = torch.linalg.cross(origin, direction)
+    return torch.cat([direction, moment], -1).movedim(-1, 2)
 
 # -----------------------------------------------------------------------------
 # keys
@@ -151,52 +184,81 @@ def plucker(c2w, K, H, W):
 def parse_keys(text):
     """"w*12,wl*6" -> ['w'] * 12 + ['wl'] * 6. Raises BadInput that names the malformed group."""
     keys = []
-    for i, group in enumerate(text.split(',')):
-        m = re.fullmatch(rf'((?:dn|[{KEYS}])*)(?:\*(\d+))?', group.strip())
-        if not m or not group.strip():
-            raise BadInput(f'keys: group {i + 1} of "{text}" is "{group.strip()}": write letters of {KEYS} (or dn), then *count, as in "w*12,wl*6"')
-        keys += [m[1].replace('dn', 'o')] * int(m[2] or 1)
+    for i, group in enumerate(text.split(','), 1):
+        group = group.strip()
+        match = re.fullmatch(rf'((?:dn|[{KEYS}])*)(?:\*(\d+))?', group)
+        if not match or not group:
+            raise BadInput(f'keys: group {i} of "{text}" is "{group}": write letters of {KEYS} (or dn), '
+                           'then *count, as in "w*12,wl*6"')
+        letters, count = match.groups()
+        keys += [letters.replace('dn', 'o')] * int(count or 1)
     return keys
 
 
-def move(position, yaw, pitch, keys, metres=METRES, degrees=DEGREES):
-    """One frame of walking: floats (x, y, z), yaw, pitch in degrees and the keys held -> the new three."""
-    on = lambda plus, minus: (plus in keys) - (minus in keys)
-    yaw = (yaw + degrees * on('l', 'j') + 180) % 360 - 180
-    pitch = min(MAX_PITCH, max(-MAX_PITCH, pitch + degrees * on('i', 'k')))
-    forward, right, down = metres * on('w', 's'), metres * on('d', 'a'), metres * on('o', 'u')
-    s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
+def apply_keys(position, yaw, pitch, keys, metres=METRES, degrees=DEGREES):
+    """One frame of walking: (x, y, z), yaw, pitch (metres, degrees) and the keys held -> the new three."""
+    def amount(plus, minus):                                               # -1, 0 or 1
+        return (plus in keys) - (minus in keys)
+
+    yaw = (yaw + degrees * amount('l', 'j') + 180) % 360 - 180
+    pitch = min(MAX_PITCH, max(-MAX_PITCH, pitch + degrees * amount('i', 'k')))
+    forward = metres * amount('w', 's')
+    right = metres * amount('d', 'a')
+    down = metres * amount('o', 'u')
+    sin, cos = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
     x, y, z = position
-    return (x + forward * s + right * c, y + down, z + forward * c - right * s), yaw, pitch
+    x = x + forward * sin + right * cos
+    z = z + forward * cos - right * sin
+    return (x, y + down, z), yaw, pitch
 
 
 def keys_to_poses(keys, metres=METRES, degrees=DEGREES):
     """Key string or list of n keys -> c2w (n + 1, 4, 4); the first pose is the identity."""
+    if isinstance(keys, str):
+        keys = parse_keys(keys)
     states = [((0., 0., 0.), 0., 0.)]
-    for k in parse_keys(keys) if isinstance(keys, str) else keys:
-        states.append(move(*states[-1], k, metres, degrees))
-    return make_pose(*(torch.tensor(x, dtype=torch.float64) for x in zip(*states))).float()
+    for held in keys:
+        states.append(apply_keys(*states[-1], held, metres, degrees))
+    return states_to_poses(states)
 
 
-def minwm_poses(keys, metres=0.08, degrees=3.0):
-    """Key string of n keys -> c2w (n + 1, 4, 4) as minWM walks: turns and moves in the camera's own axes, pitch unclamped."""
-    pose, poses = torch.eye(4, dtype=torch.float64), []
-    for k in [''] + parse_keys(keys):
-        right, down, forward, yaw, pitch = (float((a in k) - (b in k)) for a, b in ('da', 'ou', 'ws', 'lj', 'ik'))
-        turn = make_pose(pose.new_zeros(3), pose.new_tensor(degrees * yaw), pose.new_tensor(degrees * pitch))
-        turn[:3, 3] = turn[:3, :3] @ (metres * pose.new_tensor([right, down, forward]))
-        poses.append(pose := pose @ turn)
-    return torch.stack(poses).float()
+def states_to_poses(states):
+    """A list of (position, yaw, pitch) -> c2w (n, 4, 4) float32, computed in float64."""
+    position, yaw, pitch = (torch.tensor(x, dtype=torch.float64) for x in zip(*states))
+    return make_pose(position, yaw, pitch).float()
 
 
-def poses_to_keys(c2w, metres=METRES, degrees=DEGREES):
-    """Poses (F, 4, 4) -> F - 1 keys, those whose motion is at least half a unit: undoes keys_to_poses, letter for letter."""
-    R, t = c2w[:, :3, :3].double(), c2w[:, :3, 3].double()
-    yaw, pitch = torch.rad2deg(torch.atan2(R[:, 0, 2], R[:, 2, 2])), torch.rad2deg(torch.asin(-R[:, 1, 2]))
-    dyaw, dpitch = (yaw.diff() + 180) % 360 - 180, pitch.diff()
-    s, c = torch.deg2rad(yaw[1:]).sin(), torch.deg2rad(yaw[1:]).cos()
-    dx, dy, dz = t.diff(dim=0).unbind(-1)
-    axes = [('w', 's', (dx * s + dz * c) / metres), ('d', 'a', (dx * c - dz * s) / metres),
-            ('l', 'j', dyaw / degrees), ('i', 'k', dpitch / degrees), ('o', 'u', dy / metres)]
-    letters = [[p if x > 0.5 else m if x < -0.5 else '' for x in a.tolist()] for p, m, a in axes]
-    return [''.join(k) for k in zip(*letters)]
+def random_path(may_stand, arena, frames, rng, door=None):
+    """A random keyboard path around things: c2w (frames, 4, 4) float32.
+
+    may_stand(x, z) says where one can be, within +-arena metres. Keys are held for 3 to 8 frames, at a speed
+    drawn once; a blocked move becomes a turn. The path begins anywhere, or where the generator `door` says:
+    at the wall z = -arena, looking in.
+    """
+    speed = rng.uniform(.04, .25), rng.uniform(1.5, 10)       # metres and degrees a frame
+    while True:
+        if door:
+            x, z, yaw = door.uniform(-4, 4), .6 - arena, 0.
+        else:
+            x, z = rng.uniform(-arena, arena, 2)
+            yaw = rng.uniform(-180, 180)
+        dx = math.sin(math.radians(yaw))
+        dz = math.cos(math.radians(yaw))
+        if all(may_stand(x + s * dx, z + s * dz) for s in (0, .5, 1, 1.5)):
+            break                                             # there is a view: 1.5 m are free ahead
+    pitch = 0 if door else rng.choice([0, 0, 0, -8, 8])
+
+    states = [((x, -1.0, z), yaw, pitch)]
+    hold = 0
+    while len(states) < frames:
+        if hold == 0:
+            keys = rng.choice('w wl wj l j a d s wi wk sl dj'.split(),
+                              p=[.25, .15, .15, .09, .09, .06, .06, .05, .025, .025, .025, .025])
+            hold = rng.integers(3, 9)
+        (x, _, z), _, _ = apply_keys(*states[-1], keys, *speed)
+        if not may_stand(x, z):
+            keys = rng.choice(['l', 'j'])
+            hold = rng.integers(3, 9)
+        states.append(apply_keys(*states[-1], keys, *speed))
+        hold -= 1
+    return states_to_poses(states)

@@ -1,8 +1,8 @@
 """
-Stage 3: the few-step causal model learns from its own walks, by asymmetric distribution matching (DMD) with self-rollout.
+Stage 3: the few-step causal model learns from its own rollouts, by asymmetric distribution matching (DMD).
 
 In:  clips (only their first frames, poses and captions are used) and three networks:
-Out: out/dmd.safetensors, the best by score, and out/dmd.last.safetensors. Walk with either in 4, 2 or 1 steps.
+Out: out/dmd.safetensors, the best by score, and out/dmd.last.safetensors, both for 4, 2 and 1 steps.
 
     network      starts from                      trained?    causal?    learning rate
     generator    out/ode.safetensors (stage 2)    yes         yes        --lr
@@ -13,26 +13,30 @@ Out: out/dmd.safetensors, the best by score, and out/dmd.last.safetensors. Walk 
     torchrun --nproc_per_node=1 distill_dmd.py --batch 64                                 # one GPU
     torchrun --nproc_per_node=8 distill_dmd.py --batch 64                                 # eight
 
-Different from minWM: 1) both scores are told the true time; 2) masters in float32; 3) the data's frame 0 is given, without
-gradient or loss; 4) the fake score learns from the generator's own walk, not from walks anew; 5) gradients are averaged by hand.
+Different from minWM: 1) both scores are given the true time; 2) masters in float32; 3) the data's frame 0 is
+given, without gradient or loss; 4) the fake score learns from the generator's own rollout, not from another;
+5) gradients are averaged by hand.
 """
-import json
+import collections
+import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 from tqdm import tqdm
 
-from camera import BadInput, Camera, jumps, relative, steps
-from data import Clips, frechet, get_batch, make, motion, noise_for, psnr, sharpness, write_strip
-from data import Config as DataConfig
-from model import (DiT, add_noise, attention_path, chunk_ids, clip_gradients, command_line, gate, learning_rate, load_model,
-                   load_resume, load_tensors, pick_device, rollout, sample_clip, save_model, save_resume, schedule, shard,
-                   shift_time, teacher_forced, update_ema, v_to_x0, walk_clip, whole, without)
+from camera import BadInput, Camera, moves, relative, starts_elsewhere
+from common import (Log, clip_gradients, command_line, describe, find_checkpoint, gate, learning_rate,
+                    load_model, load_resume, load_tensors, save_model, save_resume, score, setup, shard,
+                    update_ema)
+from data import Batch, get_batch, noise_for, open_clips, path_metrics, psnr, write_strip
+from model import (add_noise, chunk_ids, null_condition, rollout, rollout_clip, sample_clip, schedule,
+                   shift_time, v_to_x0)
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Config:
     steps: int = 60               # generator updates
     batch: int = 8                # effective batch: over all processes and micro-batches
     accum: int = 1                # micro-batches an update, on each process
-    critic: int = 4               # updates of the fake score, upon the same walk, for one of the generator
+    critic: int = 4               # updates of the fake score, on the same rollout, for one of the generator
     # optimizer
     lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -56,20 +60,18 @@ class Config:
     decay: float = 0.5            # last fraction of the steps, over which both lr fall to 0
     clip: float = 1.0             # gradient norm, of each network
     ema: float = 0.97
-    ema_start: int = 0            # generator updates before the average begins
     # objective
     student_steps: int = 4        # steps of a rollout's schedule
     guidance: float = 1.0         # of the real score (1: none)
     over: str = 'camera'          # what guidance drops: camera | text
-    p_first: float = 1.0          # how often the data's frame 0 is given; else it is dreamt too
-    context: float = 0.2          # noise level of a walk's own history
-    before: int = 24              # up to so many frames are walked before those that the scores see
-    rollout: str = 'self'         # self | teacher: upon the true history, for comparison
+    p_first: float = 1.0          # how often the data's frame 0 is given; else it is generated too
+    context: float = 0.2          # noise level of a rollout's own history
+    before: int = 24              # up to so many frames are generated before those that the scores see
     # run
     seed: int = 0
     device: str = 'auto'          # auto | cpu | cuda
     dtype: str = 'auto'           # compute: auto (on a CPU float32) | float32 | bfloat16
-    shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights of all three networks
+    shard: str = 'ddp'            # several processes: ddp | fsdp, which splits the weights of all networks
     offload: bool = False         # fsdp: the frozen real score waits in the processor's memory
     checkpoint: bool = False      # keep one activation a block and compute the others again
     log_every: int = 10           # steps between log lines
@@ -81,279 +83,393 @@ class Config:
 # the lesson: distribution matching on self-rollouts (DMD: Yin et al. 2024, eq. 7; Self Forcing, algorithm 1)
 
 def there_and_back(n, length):
-    """Frame indices (length,) that walk a clip of n frames to its end, back to its start, and on: a longer path."""
+    """Frame indices (length,) that go through n frames to the end, back to the start, and so on."""
     i = torch.arange(length) % max(1, 2 * n - 2)
     return torch.minimum(i, 2 * n - 2 - i)
 
 
-def walk(model, cfg, batch, index):
-    """A rollout of the generator along the batch's cameras: its last cfg.frames frames (B, F, C, H, W), how many of them
-    are given, and the batch as those frames see it. All chunks stop at one random step, whose call carries the gradient
-    if it is enabled. Up to cfg.before frames are walked first, so that the generator meets histories as imperfect as those
-    of a long walk. index: (seed, update, sample) for each clip; what the clips share depends on (seed, update), so all
-    processes agree."""
-    rng, m, n = np.random.default_rng([8, *index[0][:2]]), model.cfg, cfg.frames
-    exit_step, given = int(rng.integers(cfg.student_steps)), m.first * int(rng.random() < cfg.p_first)
-    before = m.chunk * int(rng.integers(cfg.before // m.chunk + 1))
-    noise, times = noise_for(index, batch.x0.shape[2:], batch.x0.device), schedule(cfg.student_steps, m.shift)
-    path, grad = there_and_back(batch.x0.shape[1], before + n), torch.is_grad_enabled()
+@dataclass
+class Rollout:
+    """The frames of a rollout that the scores see."""
+    x: torch.Tensor               # (B, F, C, H, W)
+    given: int                    # how many of them, the first, are the data's own
+    batch: Batch                  # cameras, captions and true frames at these places
+
+
+def plan_rollout(model_cfg, cfg, index):
+    """(exit step, given frames, frames generated before those that are scored) of this update. They depend on
+    (seed, update) alone, so that all processes agree. index: (seed, update, sample) for each clip."""
+    seed, update, _ = index[0]
+    rng = np.random.default_rng([8, seed, update])
+    exit_step = int(rng.integers(cfg.student_steps))
+    given = model_cfg.first_chunk if rng.random() < cfg.p_first else 0
+    before = model_cfg.chunk * int(rng.integers(cfg.before // model_cfg.chunk + 1))
+    return exit_step, given, before
+
+
+def scored_window(model_cfg, batch, path, before, frames):
+    """(indices into the rollout, the batch) of what the scores see: its last `frames` frames, or with a sink
+    its first frame and the last frames - 1."""
+    kept = list(range(before, before + frames))
+    jump = torch.zeros(len(batch.x0), dtype=torch.bool, device=batch.x0.device)
+    if model_cfg.sink:
+        kept[0] = 0
+        jump = (before > 0) | starts_elsewhere(batch.camera.c2w)           # frame 0 does not lead to frame 1
+    c2w, K = batch.camera.c2w[:, path[kept]], batch.camera.K[:, path[kept]]
+    camera = Camera(relative(c2w), K, move=moves(c2w, jump=jump))
+    return kept, replace(batch, x0=batch.x0[:, path[kept]], eps=batch.eps[:, :frames], camera=camera)
+
+
+def self_rollout(model, cfg, batch, index):
+    """The last cfg.frames frames of a rollout of the generator along the batch's cameras.
+
+    Self Forcing, algorithm 1: all chunks stop at one random step, whose call carries the gradient, if any.
+    Up to cfg.before frames are generated first, without gradient, so that the generator learns on histories
+    as imperfect as those of a long walk.
+    """
+    m, n = model.cfg, cfg.frames
+    grad = torch.is_grad_enabled()
+    if hasattr(model, 'unshard'):                                          # FSDP: for embed_camera
+        model.unshard()
+    exit_step, given, before = plan_rollout(m, cfg, index)
+    path = there_and_back(batch.x0.shape[1], before + n)
+    kept, scored = scored_window(m, batch, path, before, n)
+    sizes = torch.bincount(chunk_ids(before + n, m.chunk, m.first_chunk)).tolist()
     c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
-    kept = [0] * m.sink + [*range(before + m.sink, before + n)]             # the window at the walk's end
-    jump = jumps(batch.camera.c2w)
-    step = steps(c2w[:, kept], jump=m.sink & ((before > 0) | jump))
-    seen = replace(batch, x0=batch.x0[:, path[kept]], eps=batch.eps[:, :n], camera=Camera(relative(c2w[:, kept]), K[:, kept], step=step))
-    if cfg.rollout == 'self':
-        sizes, frames = torch.bincount(chunk_ids(before + n, m.chunk, m.first)).tolist(), []
-        cameras = (Camera(a, b) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
-        chunks = rollout(model, cameras, batch.text, times, noise, batch.x0[:, :given] if given else None, window=n,
-                         renoise=True, exit_step=exit_step, context=cfg.context, jump=jump)
-        for i in range(len(sizes)):
-            with torch.set_grad_enabled(grad and sum(sizes[:i]) >= before):
-                frames.append(next(chunks))
-        return torch.cat(frames, 1)[:, kept], 0 if before and not m.sink else given, seen
-    x = noise(n)                                                              # all chunks at once, upon the true history
-    for i in range(exit_step + 1):
-        t = times[i].expand(x.shape[:2]).to(x.device)
-        with torch.set_grad_enabled(grad and i == exit_step):
-            x0 = v_to_x0(x, teacher_forced(model, m, seen, x, t), t)
-        x = add_noise(x0, noise(n), torch.full_like(t, times[i + 1].item()))
-    return torch.cat([seen.x0[:, :given], x0[:, given:]], 1), given, seen
+    chunks = rollout(
+        model,
+        map(Camera, c2w.split(sizes, 1), K.split(sizes, 1)),
+        batch.text,
+        schedule(cfg.student_steps, m.shift),
+        noise_for(index, batch.x0.shape[2:], batch.x0.device),
+        batch.x0[:, :given] if given else None,
+        window=n,
+        renoise=True,
+        exit_step=exit_step,
+        context=cfg.context,
+        jump=starts_elsewhere(batch.camera.c2w),
+    )
+    frames = []
+    done = 0
+    for size in sizes:
+        with torch.set_grad_enabled(grad and done >= before):
+            frames.append(next(chunks))
+        done += size
+    if before > 0 and not m.sink:
+        given = 0                                                          # it has left the window
+    return Rollout(torch.cat(frames, 1)[:, kept], given, scored)
 
 
 def noised(x, batch, shift, given):
     """x at one random time for each clip, and its times (B, F); given frames stay clean, at t = 0."""
-    t = shift_time(batch.u[:, :1], shift).clamp(.02, .98).expand(x.shape[:2]).clone()
+    t = shift_time(batch.draws.t[:, :1], shift).clamp(.02, .98)
+    t = t.expand(x.shape[:2]).clone()
     t[:, :given] = 0
     return add_noise(x, batch.eps[:, :x.shape[1]], t), t
 
 
 def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera'):
-    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given: up to a positive
-    factor the gradient in x of KL(rollouts || data). Guidance, over a dropped camera or prompt, is the real score's alone."""
+    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given. It is,
+    up to a positive factor, the gradient in x of KL(rollouts || data). Only the real score is guided."""
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
-        null = real(x_t, t, *without(over, batch.text, batch.camera))
+        null = real(x_t, t, *null_condition(over, batch.text, batch.camera))
         v = null + guidance * (v - null)
-    real_x0, fake_x0 = v_to_x0(x_t, v, t), v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
-    return (fake_x0 - real_x0) / (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)
+    real_x0 = v_to_x0(x_t, v, t)
+    fake_x0 = v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)
+    size = (x - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True)              # (B, 1, 1, 1, 1)
+    return (fake_x0 - real_x0) / size
 
 
 def generator_loss(nets, cfg, batch, index):
-    """(loss, mean size of the gradient, the walk)."""
-    # 1) rollout: the generator walks upon its own frames
-    x, given, batch = walk(nets['generator'], cfg, batch, index)
+    """(loss, mean size of the gradient, the Rollout)."""
+    # 1) rollout: the generator continues from its own frames
+    out = self_rollout(nets['generator'], cfg, batch, index)
     with torch.no_grad():
         # 2) noise: one time for each clip
-        x_t, t = noised(x, batch, nets['generator'].cfg.shift, given)
-        # 3) two scores, at that very time: of the data, and of the generator's own walks
+        x_t, t = noised(out.x, out.batch, nets['generator'].cfg.shift, out.given)
+        # 3) two scores, at that very time: of the data, and of the generator's own rollouts
         # 4) gradient: towards the data's, away from its own
-        grad = dmd_gradient(x, x_t, t, batch, nets['real'], nets['fake'], cfg.guidance, given, cfg.over)
-    loss = .5 * (x - (x - grad).detach())[:, given:].square().mean()
-    return loss, grad[:, given:].abs().mean(), (x.detach(), given, batch)
+        grad = dmd_gradient(out.x, x_t, t, out.batch, nets['real'], nets['fake'], cfg.guidance, out.given,
+                            cfg.over)
+    target = (out.x - grad).detach()
+    loss = .5 * (out.x - target)[:, out.given:].square().mean()            # its gradient in x is grad / numel
+    return loss, grad[:, out.given:].abs().mean(), replace(out, x=out.x.detach())
 
 
-def critic_loss(nets, cfg, batch, walked):
-    """5) critic: the fake score follows the generator, by flow matching on its walk, with the batch's own noise and time."""
-    x, given, seen = walked
-    x_t, t = noised(x, batch, nets['fake'].cfg.shift, given)
-    v = nets['fake'](x_t, t, seen.text, seen.camera)
-    return (v - (batch.eps[:, :x.shape[1]] - x))[:, given:].square().mean(),
+def critic_loss(nets, cfg, batch, out):
+    """5) critic: the fake score follows the generator, by flow matching on its rollout."""
+    x_t, t = noised(out.x, batch, nets['fake'].cfg.shift, out.given)
+    v = nets['fake'](x_t, t, out.batch.text, out.batch.camera)
+    eps = batch.eps[:, :out.x.shape[1]]
+    return (v - (eps - out.x))[:, out.given:].square().mean()
 
 # -----------------------------------------------------------------------------
-# evaluate: walk held-out paths in a few steps. The gate before: has the real score anything to teach?
+# what pictures look like, whatever they show: the checkpoint is chosen by it
 
-def vigour(walk, truth):
+def sharpness(x):
+    """Gradient energy of the luma of pictures (..., H, W, 3) -> (...)."""
+    luma = x.mean(-1)
+    across, down = luma.diff(dim=-1), luma.diff(dim=-2)
+    return across.square().mean((-2, -1)) + down.square().mean((-2, -1))
+
+
+def motion(x):
+    """Energy of the frame differences of videos (..., F, H, W, 3) -> (..., F - 1)."""
+    return x.diff(dim=-4).square().mean((-3, -2, -1))
+
+
+def frechet_features(x):
+    """80 numbers of each picture (n, H, W, 3): 4 x 4 means of the colours, of the luma's gradient energy and
+    of its square root. (n, 80) float64."""
+    x = x.movedim(-1, 1).double()
+    luma = x.mean(1, keepdim=True)
+    across = functional.pad(luma.diff(dim=-1), (0, 1))
+    down = functional.pad(luma.diff(dim=-2), (0, 0, 0, 1))
+    energy = across.square() + down.square()
+    maps = torch.cat([x, energy * 10, energy.sqrt()], 1)
+    return functional.adaptive_avg_pool2d(maps, 4).flatten(1)
+
+
+def frechet(a, b):
+    """Fréchet distance of two sets of pictures (n, H, W, 3), between Gaussians fitted to their features."""
+    x, y = (torch.cat([frechet_features(part) for part in pictures.split(500)]) for pictures in (a, b))
+    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
+    if not (cov_x @ cov_y).isfinite().all():
+        return float('nan')                                                # some LAPACKs would crash
+    root = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()           # tr (cov_x cov_y)^1/2
+    between = (x.mean(0) - y.mean(0)).square().sum()
+    return (between + cov_x.trace() + cov_y.trace() - 2 * root).item()
+
+
+def liveliness(video, truth):
     """Sharpness and motion of generated frames relative to the truth's, both (n, F, H, W, 3)."""
-    return {'sharpness': (sharpness(walk[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()).item(), 'motion': (motion(walk).mean() / motion(truth).mean()).item()}
+    sharp = sharpness(video[:, 1:]).mean() / sharpness(truth[:, 1:]).mean()
+    moving = motion(video).mean() / motion(truth).mean()
+    return {'sharpness': sharp.item(), 'motion': moving.item()}
 
 
-def numbers(walk, truth):
-    """Of walks (n, F, H, W, 3) against the truth as the codec shows it. score (the less, the better) chooses the checkpoint:
-    the Fréchet distance, whose features are mostly colours, and what it hardly sees, blur and standing still."""
-    p, last, v = psnr(walk, truth).mean(0).tolist(), min(7, truth.shape[1] - 1), vigour(walk, truth)
-    fd = frechet(walk[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))
-    return {'psnr@1': p[1], f'psnr@{last}': p[last], **v, 'fd': fd, 'score': fd + .1 * sum(abs(1 - x) for x in v.values())}
+def picture_metrics(video, truth):
+    """fd, sharpness and motion of rollouts (n, F, H, W, 3) against the truth as decoded; and score,
+    the less the better: the Fréchet distance, and what it hardly sees, blur and standing still."""
+    fd = frechet(video[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))
+    lively = liveliness(video, truth)
+    penalty = sum(abs(1 - x) for x in lively.values())
+    return {**lively, 'fd': fd, 'score': fd + .1 * penalty}
 
+# -----------------------------------------------------------------------------
+# evaluate: rollouts along held-out paths in a few steps. Before: has the real score anything to teach?
 
 @torch.inference_mode()
-def evaluate(model, cfg, clips, device, strip=None, bidirectional=False, before=0):
-    """The numbers of held-out walks: of the student in a few steps, or of the real score, whole clips in 16."""
+def evaluate(model, cfg, clips, device, strip=None, before=None):
+    """The metrics of held-out rollouts of before (None: as in training) + cfg.frames frames."""
+    if before is None:
+        before = cfg.before // model.cfg.chunk * model.cfg.chunk
     n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device, whole=before > 0)
     path = there_and_back(batch.x0.shape[1], before + cfg.frames)
-    decode, c2w, K = clips.codec(device).decode, batch.camera.c2w[:, path], batch.camera.K[:, path]
-    truth = decode(batch.x0[:, path])
-    if bidirectional:
-        return numbers(decode(sample_clip(model, batch.eps, batch.text, batch.camera, schedule(16, model.cfg.shift), batch.x0[:, :1])), truth)
+    decode = clips.codec(device).decode
+    c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
+    truth = decode(batch.x0[:, path])                                      # (n, F, H, W, 3)
+    times = schedule(cfg.student_steps, model.cfg.shift)
 
     def generate(c2w):
         noise = noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device)
-        return decode(walk_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, schedule(cfg.student_steps, model.cfg.shift), noise, batch.x0[:, :1],
-                                window=cfg.frames, renoise=True, context=cfg.context))
-    last, near = min(7, truth.shape[1] - 1), cfg.frames if cfg.frames > 7 else c2w.shape[1]
-    walk, wrong = generate(c2w), generate(c2w.roll(-1, 0)[:, :near])              # near: in whole chunks, as far as it is scored
-    metrics = numbers(walk, truth)
-    metrics |= {f'gap@{last}': metrics[f'psnr@{last}'] - psnr(wrong, truth[:, :wrong.shape[1]]).mean(0)[last].item(),
-                f'psnr@{truth.shape[1] - 1}': psnr(walk, truth).mean(0)[-1].item()}
+        return decode(rollout_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, times, noise, batch.x0[:, :1],
+                                   window=cfg.frames, renoise=True, context=cfg.context))
+
+    near = cfg.frames if cfg.frames > 7 else c2w.shape[1]                  # the wrong path stops early
+    video = generate(c2w)
+    wrong = generate(c2w.roll(-1, 0)[:, :near])
+    metrics = path_metrics(video[:, :near], wrong, truth[:, :near]) | picture_metrics(video, truth)
+    metrics[f'psnr@{truth.shape[1] - 1}'] = psnr(video, truth).mean(0)[-1].item()
     if strip:
-        write_strip(strip, truth[:6], walk[:6], most=cfg.frames)
+        write_strip(strip, truth[:6], video[:6], most=cfg.frames)
     return metrics
+
+
+@torch.inference_mode()
+def gate_before(nets, cfg, clips, run):
+    """Say whether whole clips of the real score, in 16 steps, look better than the student's rollouts."""
+    model = nets['real']
+    n = min(cfg.eval_clips, len(clips))
+    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, run.device)
+    decode = clips.codec(run.device).decode
+    times = schedule(16, model.cfg.shift)
+    video = decode(sample_clip(model, batch.eps, batch.text, batch.camera, times, batch.x0[:, :1]))
+    real = picture_metrics(video, decode(batch.x0))
+    student = evaluate(nets['generator'], cfg, clips, run.device, before=0)
+    sharper = abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
+    ok = real['fd'] < student['fd'] and sharper
+    run.say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
+            f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}')
+    if not ok:
+        run.say('  DMD pulls the student towards the real score: train the stage-0 model longer')
 
 # -----------------------------------------------------------------------------
 # the three networks: from --init and --score; where a default is not there, from checkpoints/
 
-def start_nets(cfg, device, say):
-    def find(path, role):
-        for p in (path, os.path.join('checkpoints', os.path.basename(path)))[:1 + (path in (Config.init, Config.score))]:
-            if os.path.exists(p):
-                model, header = load_model(p, device)
-                say(f'{role} from {p}: {header["stage"]}, {header["step"]} steps')
-                return model
-        raise BadInput(f'{path}: no such file: the {role} needs it, run the stage before first')
-    nets = {'generator': find(cfg.init, 'generator'), 'real': find(cfg.score, 'real score'), 'fake': find(cfg.score, 'fake score')}
+def start_nets(cfg, run):
+    def load(path, default, role):
+        found = find_checkpoint(path, default)
+        if found is None:
+            raise BadInput(f'{path}: no such file: the {role} needs it, run the stage before first')
+        model, header = load_model(found, run.device)
+        run.say(f'{role} from {found}: {header["stage"]}, {header["step"]} steps')
+        return model
+
+    nets = {
+        'generator': load(cfg.init, Config.init, 'generator'),
+        'real': load(cfg.score, Config.score, 'real score'),
+        'fake': load(cfg.score, Config.score, 'fake score'),
+    }
+    m = nets['generator'].cfg
+    chunk_ids(cfg.frames, m.chunk, m.first_chunk)                          # raises if it does not divide
     nets['real'].requires_grad_(False)
-    chunk_ids(cfg.frames, nets['generator'].cfg.chunk, nets['generator'].cfg.first)                 # raises if it does not divide
-    if cfg.rollout not in ('self', 'teacher'):
-        raise BadInput(f'--rollout {cfg.rollout}: choose self or teacher')
+    nets['generator'].checkpoint = nets['fake'].checkpoint = cfg.checkpoint
     return nets
 
 
-def step_on(loss_of, net, opt, cfg, world):
-    """One optimizer step on loss_of(i), summed over micro-batches and averaged over processes; (losses, gradient norm)."""
-    out = []
-    for i in range(cfg.accum):
-        loss, *more = loss_of(i)
-        (loss / cfg.accum).backward()
-        out.append([loss.detach(), *more])
-    params = [p for p in net.parameters() if p.grad is not None]
-    if world > 1 and cfg.shard == 'ddp':                                      # whose hooks would not see a rollout's many calls
-        for p in params:
-            dist.all_reduce(p.grad.div_(world))
-    norm = clip_gradients(params, cfg.clip)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    return out, norm
+def main(cfg):
+    run = setup(cfg)
+    if cfg.dtype == 'auto' and run.device.type == 'cpu':
+        run.dtype = torch.float32              # calls of a rollout are small: casts cost more than they save
+    clips, held_out = open_clips(cfg, run)
+    nets = start_nets(cfg, run)
+    if run.rank == 0 and not os.path.exists(f'{cfg.out}/dmd.resume.safetensors'):
+        gate_before(nets, cfg, held_out, run)
+    if run.world > 1 and cfg.shard != 'ddp':   # under ddp step_on averages the gradients
+        for name, net in nets.items():
+            shard(net, cfg.shard, cfg.offload and name == 'real')
+    train(cfg, run, nets, clips, held_out)
 
 # -----------------------------------------------------------------------------
-# same in every stage: setup
+# train: for one update of the generator, cfg.critic of the fake score on the same rollouts
 
-def main(cfg, stage):
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device, dtype = pick_device(cfg.device, cfg.dtype, int(os.environ.get('LOCAL_RANK', 0)))
-    if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    say = print if rank == 0 else lambda *a: None
-    micro = cfg.batch // (world * cfg.accum)
-    if micro * world * cfg.accum != cfg.batch:
-        raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
-    if rank == 0:
-        os.makedirs(cfg.out, exist_ok=True)
-        if not os.path.exists(f'{cfg.data}/manifest.json'):
-            make(DataConfig(out=cfg.data))
-    if world > 1:
-        dist.barrier()
-    clips, held_out = Clips(cfg.data), Clips(cfg.data, 'val')
-    torch.manual_seed(cfg.seed)
+def micro_batches(update, model, cfg, run, clips):
+    """This process's share of update number `update`: (batch, index) of each micro-batch, where index is
+    (seed, update, sample) for each clip."""
+    plain = replace(model.cfg, sink=False)                                 # self_rollout places the sink
+    for i in range(cfg.accum):
+        start = (run.rank * cfg.accum + i) * run.micro
+        batch = get_batch(clips, update * cfg.batch + start, run.micro, cfg.frames, plain, cfg.seed,
+                          run.device, whole=cfg.before > 0)
+        yield batch, [(cfg.seed, update, j) for j in range(start, start + run.micro)]
 
-    # -------------------------------------------------------------------------
-    # networks, optimizers, resume
-    if cfg.dtype == 'auto' and device.type == 'cpu':
-        dtype = torch.float32                  # a walk's calls are small: autocast's casts take longer than bfloat16 saves
-    nets = start_nets(cfg, device, say)
-    nets['generator'].checkpoint = nets['fake'].checkpoint = cfg.checkpoint
-    path, best = f'{cfg.out}/{stage}', float('inf')
-    if rank == 0 and not os.path.exists(f'{path}.resume.safetensors'):          # is there anything to teach?
-        real, student = (evaluate(nets[k], cfg, held_out, device, bidirectional=k == 'real') for k in ('real', 'generator'))
-        ok = real['fd'] < student['fd'] and abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
-        say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
-            f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}'
-            + '\n  DMD pulls the student towards the real score: train the stage-0 model longer' * (not ok))
-    for name, net in nets.items() if world > 1 and cfg.shard != 'ddp' else ():
-        shard(net, cfg.shard, cfg.offload and name == 'real')
-    model, both = nets['generator'], torch.nn.ModuleDict({k: nets[k] for k in ('generator', 'fake')})
-    optimizers = [torch.optim.AdamW(nets[k].parameters(), lr=lr, betas=(0., .999), weight_decay=.01, fused=True)
-                  for k, lr in (('generator', cfg.lr), ('fake', cfg.critic_lr))]
-    config = {k: v for k, v in asdict(cfg).items() if k not in ('device', 'accum', 'shard', 'offload', 'checkpoint', 'log_every', 'save_every')}
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    start = load_resume(f'{path}.resume.safetensors', both, ema, optimizers, config, say)
-    if rank == 0 and start and os.path.exists(f'{path}.safetensors'):
-        header = load_tensors(f'{path}.safetensors')[1]
-        best = header['metrics']['score'] if header['step'] <= start else best
-    tokens = held_out.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
-    say(f'{stage}: 3 x {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens a frame, '
-        f'effective batch {cfg.batch} = {world} x {cfg.accum} x {micro}, {device}, {dtype}, '
-        f'{attention_path(device, dtype)}, {len(clips)} clips')
-    if rank == 0:
-        lines = open(f'{path}.jsonl').read().split('\n')[:-1] if start and os.path.exists(f'{path}.jsonl') else []
-        log = open(f'{path}.jsonl', 'w', buffering=1)                        # a line at a time
-        log.writelines(line + '\n' for line in lines if json.loads(line)['step'] <= start)
 
-    def run(update, name, loss_fn, walked=None):
-        """Update number `update` of the run, on its own clips and noise, or its own noise and what was walked."""
-        def loss_of(i):
-            first = (rank * cfg.accum + i) * micro
-            batch = get_batch(clips, update * cfg.batch + first, micro, cfg.frames, replace(model.cfg, sink=False), cfg.seed, device, whole=cfg.before > 0)
-            index = [(cfg.seed, update, j) for j in range(first, first + micro)]
-            if hasattr(model, 'unshard'):
-                model.unshard()                                               # rollout embeds cameras outside of a forward pass
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return loss_fn(nets, cfg, batch, walked[i] if walked else index)
-        return step_on(loss_of, nets[name], optimizers[name == 'fake'], cfg, world)
+def step_on(net, optimizer, cfg, run):
+    """One optimizer step on the gradients, averaged over the processes; returns their norm."""
+    params = [p for p in net.parameters() if p.grad is not None]
+    if run.world > 1 and cfg.shard == 'ddp':   # by hand: DDP's hooks would miss a rollout's many calls
+        for p in params:
+            dist.all_reduce(p.grad.div_(run.world))
+    norm = clip_gradients(params, cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
-    # -------------------------------------------------------------------------
-    # loop
-    sums, began = [], time.time()
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=stage, disable=rank > 0)
-    for step in bar:
-        for opt, lr in zip(optimizers, (cfg.lr, cfg.critic_lr)):
-            for group in opt.param_groups:
+
+def update_both(step, nets, optimizers, ema, cfg, run, clips, values):
+    """One update of the generator, then cfg.critic of the fake score; what the log shows goes into values."""
+    rollouts = []
+    update = step * (1 + cfg.critic)
+    for batch, index in micro_batches(update, nets['generator'], cfg, run, clips):
+        with run.autocast():
+            loss, gap, out = generator_loss(nets, cfg, batch, index)
+        (loss / cfg.accum).backward()
+        rollouts.append(out)
+        values['loss'].append(loss.item())
+        values['gap'].append(gap.item())
+    norm = step_on(nets['generator'], optimizers['generator'], cfg, run)
+    values['norm'].append(norm)
+    update_ema(ema, nets['generator'], cfg.ema, step)
+
+    for i in range(1, 1 + cfg.critic):
+        fresh = micro_batches(update + i, nets['generator'], cfg, run, clips)         # for noise and times
+        for (batch, _), out in zip(fresh, rollouts):
+            with run.autocast():
+                loss = critic_loss(nets, cfg, batch, out)
+            (loss / cfg.accum).backward()
+            values['critic'].append(loss.item())
+        norm = step_on(nets['fake'], optimizers['fake'], cfg, run)
+        values['critic_norm'].append(norm)
+
+    decode = clips.codec(run.device).decode
+    video = decode(torch.cat([out.x for out in rollouts]))
+    truth = decode(torch.cat([out.batch.x0 for out in rollouts]))
+    for name, value in liveliness(video, truth).items():
+        values[name].append(value)
+
+
+def means(values, run):
+    """The mean of each list, over all processes."""
+    mean = torch.tensor([np.mean(v) for v in values.values()], device=run.device) / run.world
+    if run.world > 1:
+        dist.all_reduce(mean)
+    return dict(zip(values, mean.tolist()))
+
+
+LINE = ('dmd {:6d} | loss {loss:.4f} gap {gap:.3f} norm {norm:6.3f} | critic {critic:.4f} norm '
+        '{critic_norm:6.3f} | sharpness {sharpness:.2f} motion {motion:.2f} | lr {lr:.1e} | {ms:6.0f} ms')
+
+
+def best_score(path, start):
+    """The score of the checkpoint that a resumed run goes on to beat."""
+    if start == 0 or not os.path.exists(f'{path}.safetensors'):
+        return math.inf
+    _, header = load_tensors(f'{path}.safetensors')
+    return header['metrics']['score'] if header['step'] <= start else math.inf
+
+
+def train(cfg, run, nets, clips, held_out):
+    path = f'{cfg.out}/dmd'
+    model = nets['generator']
+    lrs = {'generator': cfg.lr, 'fake': cfg.critic_lr}
+    optimizers = {}
+    for name, lr in lrs.items():
+        params = nets[name].parameters()
+        optimizers[name] = torch.optim.AdamW(params, lr, (0., .999), weight_decay=.01, fused=True)
+    trained = torch.nn.ModuleDict({name: nets[name] for name in lrs})
+    ema = {name: x.clone() for name, x in model.state_dict().items()}
+    resume = f'{path}.resume.safetensors', trained, ema, list(optimizers.values())
+    start = load_resume(*resume, cfg, run)
+    best = best_score(path, start)
+    describe('dmd: 3 networks', model, cfg, run, clips)
+    log = Log(f'{path}.jsonl', run, start)
+    values = collections.defaultdict(list)                                 # since the last log line
+    began = time.time()
+
+    for step in tqdm(range(start, cfg.steps), 'dmd', cfg.steps, initial=start, disable=run.rank > 0):
+        for name, lr in lrs.items():
+            for group in optimizers[name].param_groups:
                 group['lr'] = learning_rate(step, cfg.steps, lr, cfg.warmup, cfg.decay)
-        n = step * (1 + cfg.critic)
-        out, norm = run(n, 'generator', generator_loss)
-        update_ema(ema, model, cfg.ema if step >= cfg.ema_start else 0, step)
-        walked = [walk for *_, walk in out]
-        critic = [run(n + 1 + i, 'fake', critic_loss, walked) for i in range(cfg.critic)]
-        dream, truth = (clips.codec(device).decode(torch.cat(x)) for x in zip(*((x, seen.x0) for x, _, seen in walked)))
-        sums.append([sum(o[0] for o in out).item() / cfg.accum, sum(o[1] for o in out).item() / cfg.accum, norm,
-                     np.mean([o[0].item() for c, _ in critic for o in c]), np.mean([g for _, g in critic]),
-                     *vigour(dream, truth).values()])
-        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            names, mean = ('loss', 'gap', 'norm', 'critic', 'critic_norm', 'sharpness', 'motion'), torch.tensor(np.mean(sums, 0), device=device)
-            if world > 1:
-                dist.all_reduce(mean.div_(world))
-            line = dict(step=step + 1, **dict(zip(names, mean.tolist())), lr=optimizers[0].param_groups[0]['lr'],
-                        ms=(time.time() - began) * 1e3 / len(sums), batch=cfg.batch)
-            if rank == 0:
-                tqdm.write(f'{stage} {step + 1:6d} | loss {line["loss"]:.4f} gap {line["gap"]:.3f} norm {line["norm"]:6.3f} | '
-                           f'critic {line["critic"]:.4f} norm {line["critic_norm"]:6.3f} | sharpness {line["sharpness"]:.2f} '
-                           f'motion {line["motion"]:.2f} | lr {line["lr"]:.1e} | {line["ms"]:6.0f} ms')
-                log.write(json.dumps(line) + '\n')
-            sums, began = [], time.time()
-        last = step + 1 == cfg.steps
-        state = {k: whole(v) for k, v in ema.items()} if (step + 1) % cfg.eval_every == 0 or last else None
-        if rank == 0 and state:
-            student = DiT(model.cfg).to(device)
-            student.load_state_dict(state)
-            metrics = evaluate(student, cfg, held_out, device, f'{path}.png', before=cfg.before // model.cfg.chunk * model.cfg.chunk)
-            tqdm.write(f'{stage} {step + 1:6d} | ' + ', '.join(f'{k} {v:.3f}' for k, v in metrics.items()))
-            log.write(json.dumps(dict(step=step + 1, **metrics)) + '\n')
-            for name in [path] * (metrics['score'] < best) + [f'{path}.last'] * last:
-                save_model(f'{name}.safetensors', state, model.cfg, stage=stage, step=step + 1, seed=cfg.seed, metrics=metrics,
-                           frames=cfg.frames, context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))
-            best = min(best, metrics['score'])
-        if (step + 1) % cfg.save_every == 0 or last:
-            save_resume(f'{path}.resume.safetensors', both, ema, optimizers, step + 1, config)
+        update_both(step, nets, optimizers, ema, cfg, run, clips, values)
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            ms = (time.time() - began) * 1e3 / len(values['norm'])
+            line = dict(means(values, run), lr=optimizers['generator'].param_groups[0]['lr'], ms=ms)
+            log.write(LINE.format(done, **line), step=done, **line, batch=cfg.batch)
+            values.clear()
+            began = time.time()
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            state, metrics = score(evaluate, cfg, 'dmd', run, model, ema, held_out, log, done)
+            header = dict(stage='dmd', step=done, seed=cfg.seed, metrics=metrics, frames=cfg.frames,
+                          context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))
+            if run.rank == 0 and metrics['score'] < best:
+                save_model(f'{path}.safetensors', state, model.cfg, **header)
+                best = metrics['score']
+            if run.rank == 0 and done == cfg.steps:
+                save_model(f'{path}.last.safetensors', state, model.cfg, **header)
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            save_resume(*resume, done, cfg)
 
-    # -------------------------------------------------------------------------
-    # gate
-    if rank == 0:
-        header = load_tensors(f'{path}.safetensors')[1]
-        print(f'{path}.safetensors, step {header["step"]}:', ', '.join(f'{k} {v:.3f}' for k, v in header['metrics'].items()))
-        print(gate(stage, cfg.preset, header['metrics']))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    if run.rank == 0:
+        _, header = load_tensors(f'{path}.safetensors')
+        text = ', '.join(f'{name} {value:.3f}' for name, value in header['metrics'].items())
+        print(f'{path}.safetensors, step {header["step"]}: {text}')
+        print(gate('dmd', cfg.preset, header['metrics']))
+    run.end()
 
 
 if __name__ == '__main__':
-    command_line(lambda cfg: main(cfg, 'dmd'), Config, __doc__)
+    command_line(main, Config, __doc__)

@@ -14,8 +14,10 @@ sys.path.insert(0, ROOT)
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')])
 forks = multiprocessing.get_context('forkserver')             # a process that has imported torch once, for all scripts
-forks.set_forkserver_preload(['stream', 'torch._dynamo', 'torch.distributed.fsdp', 'diffusers.models.autoencoders.autoencoder_kl_wan',
-                               'transformers.models.umt5.modeling_umt5', 'transformers.models.auto.tokenization_auto'])
+forks.set_forkserver_preload(['stream', 'torch._dynamo', 'torch.distributed.fsdp',
+                              'diffusers.models.autoencoders.autoencoder_kl_wan',
+                              'transformers.models.umt5.modeling_umt5',
+                              'transformers.models.auto.tokenization_auto'])
 
 
 @pytest.fixture(scope='session')
@@ -36,20 +38,25 @@ def _script(script, args, cwd, env, log):
     torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     sys.argv = [os.path.join(ROOT, script), *map(str, args)]
     sys.path[:0] = [ROOT, *env.get('PYTHONPATH', '').split(os.pathsep)]
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    if script.endswith('.py'):
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    else:                                                     # as python -m experiments.NAME
+        runpy.run_module(script, run_name='__main__', alter_sys=True)
 
 
 def start(script, *args, torchrun=0, cwd=ROOT, **env):
-    """Start a script: processes that are spared the imports, and the folder of their output. torchrun: so many of them, told
-    what torchrun would tell them."""
-    told = {'OMP_NUM_THREADS': '1' if torchrun else os.environ.get('OMP_NUM_THREADS', '2')}
+    """Start a script (name.py, or a module: experiments.name): processes that are spared the imports, and the folder of
+    their output. torchrun: so many of them, with the environment that torchrun would give them."""
+    settings = {'OMP_NUM_THREADS': '1' if torchrun else os.environ.get('OMP_NUM_THREADS', '2')}
     if torchrun:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
-            told |= {'WORLD_SIZE': str(torchrun), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
+            port = str(s.getsockname()[1])
+        settings |= {'WORLD_SIZE': str(torchrun), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
     logs, ps = tempfile.TemporaryDirectory(), []
     for r in map(str, range(max(1, torchrun))):
-        ps.append(forks.Process(target=_script, args=(script, args, cwd, told | {'RANK': r, 'LOCAL_RANK': r} | env, f'{logs.name}/{r}')))
+        mine = settings | {'RANK': r, 'LOCAL_RANK': r} | env
+        ps.append(forks.Process(target=_script, args=(script, args, cwd, mine, f'{logs.name}/{r}')))
         ps[-1].start()
     return ps, logs
 
@@ -60,7 +67,8 @@ def finish(ps, logs, ok=True):
         p.join()
     out, errs = ([open(f'{logs.name}/{r}.{end}').read() for r in range(len(ps))] for end in ('out', 'err'))
     if ok:
-        assert not any(p.exitcode for p in ps), '\n\n'.join(f'{p.name}, exit code {p.exitcode}:\n{e[-2000:]}' for p, e in zip(ps, errs))
+        report = [f'{p.name}, exit code {p.exitcode}:\n{err[-2000:]}' for p, err in zip(ps, errs)]
+        assert not any(p.exitcode for p in ps), '\n\n'.join(report)
         return ''.join(out)
     assert ps[0].exitcode == 1
     err = ''.join(errs)

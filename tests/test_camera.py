@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from camera import (KEYS, METRES, BadInput, Camera, crop_intrinsics, intrinsics, invert, jumps, keys_to_poses,
-                    make_pose, parse_keys, plucker, pose_error, poses_to_keys, rays, relative, steps)
+from camera import (KEYS, METRES, BadInput, Camera, crop_intrinsics, intrinsics, invert, keys_to_poses, make_pose,
+                    moves, parse_keys, plucker, pose_error, rays, relative, starts_elsewhere)
+from worlds.folder import poses_to_keys
 
 
 def random_poses(*shape):
@@ -91,7 +92,7 @@ def test_rays_project_back_and_intrinsics_survive_crops():
     x, y = (p[..., 0] / p[..., 2] * K[0] + K[2]) * 8, (p[..., 1] / p[..., 2] * K[1] + K[3]) * 6
     torch.testing.assert_close(x, (torch.arange(8) + .5).expand_as(x), rtol=0, atol=1e-4)
     torch.testing.assert_close(y, (torch.arange(6) + .5)[:, None].expand_as(y), rtol=0, atol=1e-4)
-    crop = crop_intrinsics(K, .25, .5, .5, .5)                                                     # right columns 2:6, rows 3:
+    crop = crop_intrinsics(K, .25, .5, .5, .5)                                      # right columns 2:6, rows 3:
     torch.testing.assert_close(rays(c2w, crop.expand(2, 3, 4), 3, 4)[1], d[..., 3:, 2:6, :], rtol=0, atol=1e-6)
 
 
@@ -106,21 +107,33 @@ def test_pluecker_moment_is_the_same_from_any_point_of_the_ray():
     assert (identity[:, :, 3:] == 0).all()
 
 
-def test_steps_compose_to_the_path():
+def test_moves_compose_to_the_path():
     path = keys_to_poses('w*2,wl*3,di*2')[None]
-    moves = steps(path)
-    assert torch.equal(moves[0, 0], torch.eye(4)) and moves[0, 1, 2, 3] == METRES
+    move = moves(path)
+    assert torch.equal(move[0, 0], torch.eye(4)) and move[0, 1, 2, 3] == METRES
     at = path[:, 0]
     for i in range(1, path.shape[1]):
-        at = at @ moves[:, i]
+        at = at @ move[:, i]
         assert torch.allclose(at, path[:, i], atol=1e-6)
-    assert torch.allclose(steps(path[:, 3:], path[:, 2:3]), moves[:, 3:], atol=1e-6)      # a slice, told what was before
-    assert torch.equal(Camera(path, torch.zeros(1, 8, 4)).step, moves)
+    assert torch.allclose(moves(path[:, 3:], path[:, 2:3]), move[:, 3:], atol=1e-6)   # a slice, given what was before
     twice, no_yes = path.expand(2, -1, -1, -1), torch.tensor([False, True])
-    for first, before in (0, None), (3, twice[:, 2:3]):                                     # the first move of clip 1 leads elsewhere
-        told, i = steps(twice[:, first:], before, no_yes), first or 1
-        assert torch.equal(told[0], steps(path[:, first:], before if before is None else before[:1])[0])
-        assert torch.equal(told[1, i - first], torch.eye(4)) and torch.equal(told[1, i - first + 1:], told[0, i - first + 1:])
+    for first, before in (0, None), (3, twice[:, 2:3]):       # the first move of clip 1 leads elsewhere
+        both, i = moves(twice[:, first:], before, no_yes), 0 if first else 1
+        assert torch.equal(both[0], moves(path[:, first:], before if before is None else before[:1])[0])
+        assert torch.equal(both[1, i], torch.eye(4)) and torch.equal(both[1, i + 1:], both[0, i + 1:])
     far = path.clone()
     far[:, 1:, :3, 3] += 5
-    assert jumps(torch.cat([path, far, path[:, :1].expand_as(path)])).tolist() == [False, True, False]
+    assert starts_elsewhere(torch.cat([path, far, path[:, :1].expand_as(path)])).tolist() == [False, True, False]
+
+
+def test_a_cameras_frames_keep_their_moves_and_join_again():
+    path, K = keys_to_poses('w*2,wl*3,di*2').expand(2, -1, -1, -1), intrinsics(90, 1).expand(2, 8, 4)
+    camera = Camera(path, K, torch.tensor([True, False]))
+    assert torch.equal(camera.move, moves(path))
+    part = camera.frames(slice(3, None))
+    assert torch.equal(part.c2w, path[:, 3:]) and torch.equal(part.K, K[:, 3:]) and part.on is camera.on
+    assert torch.equal(part.move, camera.move[:, 3:]) and not torch.equal(part.move, moves(path[:, 3:]))
+    joined = Camera.cat([camera.frames([0, 1, 2]), part])
+    assert torch.equal(joined.c2w, path) and torch.equal(joined.move, camera.move) and joined.on is camera.on
+    batch = Camera.cat([camera, Camera(path, K)], 0)
+    assert batch.on.tolist() == [True, False, True, True] and len(batch.c2w) == len(batch.move) == len(batch.K) == 4

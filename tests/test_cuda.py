@@ -5,24 +5,25 @@ import pytest
 import torch
 
 from camera import Camera, keys_to_poses
-from data import Batch, noise_for, to_device
-from model import (PRESETS, DiT, attention, block_row_attention, chunk_ids, embed_text, flex_frame_attention, schedule, shard,
-                   teacher_forcing_mask, walk_clip)
+from common import shard
+from data import Batch, Draws, embed_text, noise_for, to_device
+from model import (PRESETS, DiT, attention, chunk_ids, dense_attention, flex_frame_attention, masked_attention,
+                   rollout_clip, schedule, teacher_forcing_mask)
 from train_ar import Config, loss_fn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA here')
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_flex_attention_equals_block_rows(dtype, tolerance):
+def test_flex_attention_equals_the_dense_and_the_cpus(dtype, tolerance):
     """Forward and backward, against float64 on the CPU, relative to the largest value."""
     torch.manual_seed(0)
     mask = teacher_forcing_mask(chunk_ids(9, 1))
     q, k, v, g = torch.randn(4, 2, len(mask) * 64, 3, 64, dtype=torch.float64).to(dtype).double()
     want = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-    exact = [block_row_attention(*want, mask)]
+    exact = [dense_attention(*want, mask)]
     exact += torch.autograd.grad(exact[0], want, g)
-    for path in (flex_frame_attention, block_row_attention, attention):
+    for path in (flex_frame_attention, masked_attention, attention):
         x = [a.detach().to('cuda', dtype).requires_grad_() for a in (q, k, v)]
         got = [path(*x, mask)]
         got += torch.autograd.grad(got[0], x, g.to('cuda', dtype))
@@ -53,7 +54,8 @@ def network(sink=True):
 def a_batch():
     c2w, K = keys_to_poses('w*4,wl*4').expand(2, -1, -1, -1), torch.tensor([.5, .5, .5, .5]).expand(2, 9, 4)
     noise = noise_for([0, 1], (16, 8, 8), 'cpu')
-    return Batch(noise(9), Camera(c2w, K), embed_text(['red walls', 'night sky'], 16, 64), noise(9), torch.rand(2, 22), ('', ''))
+    text = embed_text(['red walls', 'night sky'], 16, 64)
+    return Batch(noise(9), Camera(c2w, K), text, noise(9), Draws(torch.rand(2, 22)), ('', ''))
 
 
 def test_a_training_loss_and_its_gradient_equal_the_cpus():
@@ -82,9 +84,12 @@ def test_compiled_blocks_give_the_same_loss_and_gradient():
 
 
 @pytest.mark.parametrize('sink', [False, True])
-def test_a_walk_equals_the_cpus(sink):
-    """Twenty frames: the window fills and is encoded anew, or with a sink rolls on."""
+def test_a_rollout_equals_the_cpus(sink):
+    """Twenty frames: the window fills and is encoded again, or with a sink rolls on."""
     model, c2w, K = network(sink), keys_to_poses('w*9,wl*10')[None], torch.tensor([.5, .5, .5, .5]).expand(1, 20, 4)
-    walks = [walk_clip(model.to(d), c2w.to(d), K.to(d), embed_text(['red walls'], 16, 64).to(d), schedule(4, 4.),
-                       noise_for([0], (16, 8, 8), d), window=9).detach().cpu() for d in ('cpu', 'cuda')]
-    assert (walks[0] - walks[1]).abs().max() < 1e-3 * walks[0].abs().max()
+    text, videos = embed_text(['red walls'], 16, 64), []
+    for d in ('cpu', 'cuda'):
+        noise = noise_for([0], (16, 8, 8), d)
+        video = rollout_clip(model.to(d), c2w.to(d), K.to(d), text.to(d), schedule(4, 4.), noise, window=9)
+        videos.append(video.detach().cpu())
+    assert (videos[0] - videos[1]).abs().max() < 1e-3 * videos[0].abs().max()

@@ -2,23 +2,25 @@
 import dataclasses
 import json
 import os
+import types
 import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from camera import BadInput, intrinsics, keys_to_poses, make_pose
-from data import (ARENA, FOV, Clips, Config, Lowpoly, decode, encode, get_batch, lapped_dct, lowpoly_clips,
-                  make, make_palette, make_plan, psnr, walk)
-from model import ModelConfig, embed_text
+from camera import BadInput, intrinsics, keys_to_poses, make_pose, random_path, starts_elsewhere
+from data import (ARENA, CHANNELS, FOV, WORLDS, Clips, Config, Draws, Lowpoly, batches, decode, embed_text, encode,
+                  find_world, free, get_batch, lapped_dct, lowpoly_clips, make, make_palette, make_plan, noise_for,
+                  open_clips, psnr, to_device)
+from model import ModelConfig
 
 CFG = ModelConfig(text_dim=8, text_len=4)
 
 
 def test_floor_and_walls_are_where_geometry_puts_them():
     world = Lowpoly([3], [4])
-    world.boxes, world.balls = world.boxes[:, :0], world.balls[:, :0]
+    world.boxes, world.balls = world.boxes[:0], world.balls[:0]
     o = torch.tensor([[[1., -1., 2.]]]).expand(1, 4, 3)
     d = torch.nn.functional.normalize(torch.tensor([[[0., 1, 0], [0, 3, 4], [1, 0, 0], [0, -1, 0]]]), dim=-1)
     colour, distance, _ = world.shade(o, d)
@@ -50,17 +52,22 @@ def test_boxes_and_balls_against_a_naive_march():
 
 def test_turning_left_moves_the_picture_right():
     world, K = Lowpoly([7], [1]), intrinsics(FOV, 1)[None, None]
-    at = lambda yaw: world.render(make_pose(torch.tensor([0., -1., 0.]), torch.tensor(yaw), torch.tensor(0.))[None, None], K)[0][0, 0]
-    straight, left = at(0.), at(-4.)
+
+    def look(yaw):
+        c2w = make_pose(torch.tensor([0., -1., 0.]), torch.tensor(yaw), torch.tensor(0.))
+        return world.render(c2w[None, None], K)[0][0, 0]
+
+    straight, left = look(0.), look(-4.)
     error = [(left.roll(-s, 1) - straight).square()[:, 8:-8].mean().item() for s in (-3, 0, 3)]
     assert error[2] < .5 * error[1] < .5 * error[0]
 
 
-def test_walks_stay_out_of_things_and_seldom_stand():
+def test_random_paths_stay_out_of_things_and_seldom_stand():
     still = 0
     for i in range(30):
         boxes, balls = make_plan(i)
-        c2w = walk((boxes, balls), 17, np.random.default_rng(i)).double().numpy()
+        path = random_path(lambda x, z: free((boxes, balls), x, z), ARENA, 17, np.random.default_rng(i))
+        c2w = path.double().numpy()
         p = c2w[:, [0, 2], 3]
         assert np.abs(p).max() < ARENA
         assert not ((p[:, None] > boxes[:, 0, ::2]) & (p[:, None] < boxes[:, 1, ::2])).all(-1).any()
@@ -77,7 +84,11 @@ def test_caption_names_what_is_seen_and_changes_it():
     assert torch.equal(e[0], e[3]) and torch.equal(e[0, 0], e[1, 0]) and not torch.equal(e[0, 1], e[1, 1])
     assert (e[2] == 0).all() and (e[0, 2:] == 0).all()
     word = np.random.default_rng(zlib.crc32(b'red')).standard_normal(8, dtype=np.float32)
-    torch.testing.assert_close(e[0, 0, :4], torch.from_numpy(word[:4]) + 1)                        # place 0: cos 0 = 1
+    torch.testing.assert_close(e[0, 0, :4], torch.from_numpy(word[:4]) + 1)             # place 0: cos 0 = 1
+    angle = torch.tensor([1 / 100 ** (i / 4) for i in range(4)])                        # place 1: cosines, then sines
+    floor = torch.from_numpy(np.random.default_rng(zlib.crc32(b'floor')).standard_normal(8, dtype=np.float32))
+    torch.testing.assert_close(e[0, 1], floor + torch.cat([angle.cos(), angle.sin()]))
+    assert torch.equal(embed_text(['a b c d e f'], 4, 8), embed_text(['a b c d'], 4, 8))
 
 
 def test_codec():
@@ -89,8 +100,23 @@ def test_codec():
     assert torch.allclose(encode(frames.float() / 255), z)
     ceiling = psnr(decode(z), frames.float() / 255).mean()
     assert ceiling > 28
-    torch.testing.assert_close(encode(decode(.1 * z)), .1 * z, rtol=0, atol=1e-4)                  # unclipped: exact
+    torch.testing.assert_close(encode(decode(.1 * z)), .1 * z, rtol=0, atol=1e-4)       # unclipped: exact
     assert encode(torch.zeros(48, 64, 3)).shape == (16, 6, 8)
+
+
+def test_channels_are_the_low_frequencies_of_luma_and_chroma():
+    """Channel 0 is the mean of the luma; then come 1 across, 1 down, 2 down, ...; the last six are of the chroma."""
+    grey = encode(torch.full((16, 16, 3), .75)) - encode(torch.full((16, 16, 3), .5))
+    assert (grey[0] > .1).all() and (grey[1:].abs() < 1e-5).all()
+    red = torch.zeros(16, 16, 3)
+    red[..., 0] = 1
+    z = encode(red) - encode(torch.zeros(16, 16, 3))
+    assert [c for c in range(16) if z[c].abs().max() > 1e-4] == [0, 10, 13]
+    across = encode(torch.linspace(.2, .8, 16)[None, :, None].expand(16, 16, 3)) - encode(torch.full((16, 16, 3), .5))
+    down = encode(torch.linspace(.2, .8, 16)[:, None, None].expand(16, 16, 3)) - encode(torch.full((16, 16, 3), .5))
+    assert across[1].abs().max() > .05 and across[2].abs().max() < 1e-5
+    torch.testing.assert_close(down[2].T * (across[1, 0, 0] / down[2, 0, 0]), across[1], rtol=0, atol=1e-5)
+    assert len(set(CHANNELS)) == 16 and max(CHANNELS) < 3 * 8 * 8
 
 
 def test_psnr_by_hand():
@@ -103,14 +129,39 @@ def test_batches_are_slices_of_one_stream(data):
     clips = Clips(data)
     whole = get_batch(clips, 8, 4, 3, CFG, seed=1)
     parts = [get_batch(clips, 8 + i, 1, 3, CFG, seed=1) for i in range(4)]
-    for name in ('x0', 'text', 'eps', 'u'):
+    for name in ('x0', 'text', 'eps'):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
+    assert torch.equal(whole.draws.u, torch.cat([p.draws.u for p in parts]))
     assert torch.equal(whole.camera.c2w, torch.cat([p.camera.c2w for p in parts]))
     torch.testing.assert_close(whole.camera.c2w[:, 0], torch.eye(4).expand(4, 4, 4), rtol=0, atol=1e-6)
     other = get_batch(clips, 8, 4, 3, CFG, seed=2)
     assert not torch.equal(whole.eps, other.eps)
     with pytest.raises(BadInput, match='frames'):
         get_batch(clips, 0, 1, 99, CFG)
+    with pytest.raises(BadInput, match='frames'):
+        next(batches([0], clips, 1, 99, CFG, 0, torch.device('cpu')))
+    for start, batch in zip((8, 10), batches((8, 10), clips, 2, 3, CFG, 1, torch.device('cpu'))):
+        assert torch.equal(batch.eps, whole.eps[start - 8:start - 6])
+    assert get_batch(clips, 0, 2, 2, CFG, whole=True).x0.shape[1] == 5
+
+
+def test_draws_are_slices_of_u_by_name_and_move_with_it():
+    """What a step draws is laid out as [times | first frame | prompt | camera | noise | times of the history]."""
+    u = torch.arange(2 * 10.).view(2, 10)                      # 3 frames
+    draws = Draws(u)
+    assert draws.t[0].tolist() == [0, 1, 2] and draws.t_history[1].tolist() == [17, 18, 19]
+    assert draws.first.tolist() == draws.restart.tolist() == [3, 13]
+    assert (draws.drop_text[0], draws.drop_camera[0], draws.noise_seed[0]) == (4, 5, 6)
+    u[:, 3] = -1                                               # slices, not copies
+    assert (draws.first == -1).all()
+    moved = to_device(draws, 'meta')
+    assert moved.u.is_meta and moved.t_history.is_meta and moved.first.shape == (2,)
+
+
+def test_noise_of_a_sample_depends_on_its_seed_alone():
+    both, one = noise_for([(1, 2), 3], (2, 4), 'cpu'), noise_for([3], (2, 4), 'cpu')
+    a, b = both(2), both(1)
+    assert a.shape == (2, 2, 2, 4) and torch.equal(torch.cat([a, b], 1)[1:], torch.cat([one(1), one(2)], 1))
 
 
 def test_a_long_walk_is_rendered_in_parts_and_shows_the_same():
@@ -124,13 +175,16 @@ def test_a_long_walk_is_rendered_in_parts_and_shows_the_same():
 def test_with_a_sink_frame_0_of_half_the_samples_is_from_elsewhere_in_the_clip(data):
     clips = Clips(data)
     plain, sink = (get_batch(clips, 0, 32, 3, dataclasses.replace(CFG, sink=on), seed=1) for on in (False, True))
-    assert torch.equal(plain.x0[:, 1:], sink.x0[:, 1:]) and torch.equal(plain.eps, sink.eps) and torch.equal(plain.u, sink.u)
-    jumped = (sink.camera.step[:, 1] == torch.eye(4)).all((1, 2)) & (plain.camera.step[:, 1] != torch.eye(4)).any(2).any(1)
+    assert torch.equal(plain.x0[:, 1:], sink.x0[:, 1:])
+    assert torch.equal(plain.eps, sink.eps) and torch.equal(plain.draws.u, sink.draws.u)
+    still = [(batch.camera.move[:, 1] == torch.eye(4)).all((1, 2)) for batch in (plain, sink)]
+    jumped = still[1] & ~still[0]
     assert 6 < jumped.sum() < 26 and torch.equal(plain.x0[~jumped], sink.x0[~jumped])
     for b in range(32):                                        # the frame and its pose belong together
-        move = lambda batch: batch.camera.c2w[b, 1].inverse() @ batch.camera.c2w[b, 2]
-        torch.testing.assert_close(move(sink), move(plain), rtol=0, atol=1e-5)
-    assert torch.equal(get_batch(Clips(data, 'val'), 0, 4, 3, dataclasses.replace(CFG, sink=True)).x0, get_batch(Clips(data, 'val'), 0, 4, 3, CFG).x0)
+        move = [batch.camera.c2w[b, 1].inverse() @ batch.camera.c2w[b, 2] for batch in (sink, plain)]
+        torch.testing.assert_close(*move, rtol=0, atol=1e-5)
+    val = Clips(data, 'val')
+    assert torch.equal(get_batch(val, 0, 4, 3, dataclasses.replace(CFG, sink=True)).x0, get_batch(val, 0, 4, 3, CFG).x0)
     with pytest.raises(BadInput, match='Plücker'):
         get_batch(clips, 0, 1, 3, dataclasses.replace(CFG, sink=True, camera='prope'))
 
@@ -145,29 +199,33 @@ def test_clips_depend_on_seed_split_and_index_alone_and_held_out_plans_are_new()
     assert plans(single, 0) == plans(single, 1) and len(plans(single, 0)) == 1
 
 
-def test_walks_from_a_door_begin_there_and_with_a_sink_every_window_does(tmp_path):
-    make(cfg := Config(plans=1, clips=4, val_clips=4, frames=9, door=True, height=16, width=16, out=f'{tmp_path}/door'))
+def test_paths_from_a_door_begin_there_and_with_a_sink_every_window_does(tmp_path):
+    cfg = Config(plans=1, clips=4, val_clips=4, frames=9, door=True, height=16, width=16, out=f'{tmp_path}/door')
+    make(cfg)
     with pytest.raises(BadInput, match='door True, not None'):
         make(dataclasses.replace(cfg, door=False))
     train, val = Clips(cfg.out), Clips(cfg.out, 'val')
     first = train.read(0)[1][0]
-    assert first[2, 3] == .6 - ARENA and torch.equal(first[:3, :3], torch.eye(3))             # at the wall, looking in
+    assert first[2, 3] == .6 - ARENA and torch.equal(first[:3, :3], torch.eye(3))       # at the wall, looking in
     for clips, jumps in (train, [False, True] * 2), (val, [False] * 4):
         for i, jump in enumerate(jumps):
             c2w = clips.read(i)[1]
-            assert torch.equal(c2w[0], first) and ((c2w[1:] - c2w[:-1])[:, :3, 3].norm(dim=1) > 1).tolist() == [jump] + [False] * 7
+            far = (c2w[1:] - c2w[:-1])[:, :3, 3].norm(dim=1) > 1
+            assert torch.equal(c2w[0], first) and far.tolist() == [jump] + [False] * 7
+            assert starts_elsewhere(c2w[None]).tolist() == [jump]
     batch = get_batch(train, 0, 32, 3, dataclasses.replace(CFG, sink=True))
     z = torch.stack([train.read(i)[0][0].float() for i in range(4)])
     assert (batch.x0[:, :1] == z).flatten(2).all(2).any(1).all()
     elsewhere = (batch.camera.c2w[:, 1, :3, 3] - batch.camera.c2w[:, 0, :3, 3]).norm(dim=1) > 1
-    assert elsewhere.any() and 20 < (batch.camera.step[:, 1] == torch.eye(4)).all((1, 2)).sum()
-    assert (batch.camera.step[elsewhere, 1] == torch.eye(4)).all()                           # told that its first move is none
+    still = (batch.camera.move[:, 1] == torch.eye(4)).all((1, 2))
+    assert elsewhere.any() and 20 < still.sum()
+    assert still[elsewhere].all()                                                       # such a first move says nothing
 
 
 def test_make_is_all_or_nothing(data, tmp_path):
     recipe = json.load(open(f'{data}/manifest.json'))['recipe']
     stamp = os.stat(f'{data}/manifest.json').st_mtime_ns
-    assert make(Config(**recipe, out=data)) == data                                               # there already
+    assert make(Config(**recipe, out=data)) == data                                     # there already
     with pytest.raises(BadInput, match='clips 12, not 13'):
         make(Config(**recipe | {'clips': 13}, out=data))
     assert os.stat(f'{data}/manifest.json').st_mtime_ns == stamp
@@ -176,17 +234,40 @@ def test_make_is_all_or_nothing(data, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(BadInput, match='cannot be written'):
         make(Config(out=str(tmp_path / 'file' / 'x')))
+    with pytest.raises(BadInput, match='multiples of 16'):
+        make(Config(height=24, out=str(tmp_path / 'x')))
+    assert os.listdir(tmp_path) == ['file']
+
+
+def test_open_clips_makes_what_is_missing_once_and_waits_for_it(data, tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr('data.make', lambda cfg: events.append(f'make {cfg.out}'))
+    for rank in (1, 0):
+        run = types.SimpleNamespace(rank=rank, world=2, barrier=lambda: events.append('wait'))
+        train, val = open_clips(types.SimpleNamespace(data=data), run)
+        assert (train.split, val.split, len(train), len(val)) == ('train', 'val', 12, 4) and events == ['wait']
+        events.clear()
+        with pytest.raises(BadInput, match='no clips there'):  # since this make makes nothing
+            open_clips(types.SimpleNamespace(data=str(tmp_path / 'none')), run)
+        assert events == [f'make {tmp_path}/none', 'wait'][rank:]
+        events.clear()
+
+
+def test_worlds_are_found_by_name():
+    for name in WORLDS:
+        assert find_world(name).__name__ == f'{name}_clips'
 
 
 def test_doom_frames_and_poses():
     pytest.importorskip('vizdoom', reason='ViZDoom is an optional extra: pip install vizdoom')
-    from data import doom_clips
+    from worlds.doom import doom_clips
     d, captions = doom_clips(Config(world='doom', frames=9, height=48, width=64), 0, [0, 1, 2])
-    assert d['frames'].shape == (3, 9, 48, 64, 3) and d['frames'].float().std() > 10 and captions[0] == 'doom my_way_home'
+    assert d['frames'].shape == (3, 9, 48, 64, 3) and d['frames'].float().std() > 10
+    assert captions == ['doom my_way_home'] * 3
     again = doom_clips(Config(world='doom', frames=9, height=48, width=64), 0, [1])[0]
     assert torch.equal(again['frames'][0], d['frames'][1]) and torch.equal(again['c2w'][0], d['c2w'][1])
-    step = d['c2w'][:, :, :3, 3].diff(dim=1).norm(dim=-1)
-    assert step.max() < 1 and (step > .01).float().mean() > .3
+    move = d['c2w'][:, :, :3, 3].diff(dim=1).norm(dim=-1)
+    assert move.max() < 1 and (move > .01).float().mean() > .3
     with pytest.raises(BadInput, match='not a map'):
         doom_clips(Config(world='doom', map='nowhere'), 0, [0])
 

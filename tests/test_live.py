@@ -1,4 +1,4 @@
-"""The live walk: its server against good and bad company, and the page in a real browser (chromium, where there is one)."""
+"""The live walk: its server against good and bad company, and the page in a real browser (chromium, if it is there)."""
 import base64
 import contextlib
 import http.client
@@ -44,8 +44,9 @@ def test_held_keys_move_for_as_long_as_they_are_held():
 @contextlib.contextmanager
 def serving(*args):
     env = {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'} | {'PYTHONUNBUFFERED': '1'}
-    p = subprocess.Popen([sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', '0', '--browser', 'False', '--device', 'cpu', *args],
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
+    command = [sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', '0', '--browser', 'False',
+               '--device', 'cpu', *args]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
     try:
         line = p.stdout.readline()
         assert 'http://127.0.0.1:' in line, line + p.stdout.read()
@@ -106,15 +107,25 @@ def test_keys_walk_and_the_world_rests_without_them(port):
 
 def test_steps_checkpoint_prompt_and_start_change_under_way(port):
     with tab(port) as ws:
-        for message, key, value in (({'steps': 1}, 'steps', 1), ({'ckpt': 'ar'}, 'ckpt', 'ar'), ({'steps': 2}, 'steps', 2),
-                                    ({'prompt': 'night sky red floor'}, 'prompt', 'night sky red floor'), ({'ckpt': 'dmd'}, 'ckpt', 'dmd'),
-                                    ({'ckpt': 'doom'}, 'ckpt', 'doom'), ({'start': 'world', 'clip': 3}, 'clip', 3), ({'ckpt': 'home'}, 'ckpt', 'home'),
-                                    ({'start': 'prompt', 'clip': 5}, 'clip', 5), ({'start': 'world', 'clip': 0}, 'clip', 0)):
+        wishes = [
+            ({'steps': 1}, 'steps'),
+            ({'ckpt': 'ar'}, 'ckpt'),
+            ({'steps': 2}, 'steps'),
+            ({'prompt': 'night sky red floor'}, 'prompt'),
+            ({'ckpt': 'dmd'}, 'ckpt'),
+            ({'ckpt': 'doom'}, 'ckpt'),
+            ({'start': 'world', 'clip': 3}, 'clip'),
+            ({'ckpt': 'home'}, 'ckpt'),
+            ({'start': 'prompt', 'clip': 5}, 'clip'),
+            ({'start': 'world', 'clip': 0}, 'clip'),
+        ]
+        for message, key in wishes:
+            value = message[key]
             ws.send(json.dumps(message))
             began = time.time()
             while (header := frame(ws)[0])[key] != value:
                 assert time.time() < began + 20
-            assert header['h'] == (48 if header['ckpt'] == 'doom' else 128)      # pictures of another size begin anew
+            assert header['h'] == (48 if header['ckpt'] == 'doom' else 128)    # another size: another start
         assert header['metres'] == 0
 
 
@@ -140,15 +151,21 @@ def test_a_tab_that_does_not_read_holds_nothing_up(port):
     with tab(port) as ws:
         before = frame(ws)[0]['frame']
         press(ws, 'j')
-        time.sleep(3)                                         # nothing is read; pictures are dropped once the pipe is full
+        time.sleep(3)                                         # nothing is read: the pipe fills, pictures are dropped
         press(ws, 'j', False)
     with tab(port) as ws:
         assert frame(ws)[0]['frame'] > before + 20
 
 
-@pytest.mark.parametrize('text', ['', 'no json', '[]', '{"key": "w"}', '{"key": "wasd", "down": true, "t": 1}', '{"key": "w", "down": 1, "t": "x"}',
-                                  '{"ckpt": "../../etc/passwd"}', '{"steps": 1000000}', '{"start": "/etc/passwd", "clip": 0}',
-                                  '{"start": "world", "clip": -1}', '{"prompt": 7}', '{"prompt": "\\ud800"}', '[' * 1500, '"' + 'x' * 10000 + '"', b'\xff\x00'])
+MALFORMED = [
+    '', 'no json', '[]', '[' * 1500, '"' + 'x' * 10000 + '"', b'\xff\x00',
+    '{"key": "w"}', '{"key": "wasd", "down": true, "t": 1}', '{"key": "w", "down": 1, "t": "x"}',
+    '{"ckpt": "../../etc/passwd"}', '{"steps": 1000000}', '{"prompt": 7}', '{"prompt": "\\ud800"}',
+    '{"start": "/etc/passwd", "clip": 0}', '{"start": "world", "clip": -1}',
+]
+
+
+@pytest.mark.parametrize('text', MALFORMED)
 def test_malformed_messages_end_their_own_connection_only(port, text):
     with tab(port) as ws:
         ws.send(text)
@@ -169,7 +186,8 @@ def get(port, path='/', host=None, **headers):
 
 def test_no_path_reaches_the_file_system(port):
     assert get(port)[0] == 200 and b'<canvas' in get(port)[1]
-    for path in ('/stream.py', '/../stream.py', '/assets/stream.html', '//etc/passwd', '/%2e%2e/%2e%2e/etc/passwd', '/walk', '/?x', '/favicon.ico'):
+    for path in ('/stream.py', '/../stream.py', '/assets/stream.html', '//etc/passwd', '/%2e%2e/%2e%2e/etc/passwd',
+                 '/walk', '/?x', '/favicon.ico'):
         status, body = get(port, path)
         assert status == 404 and len(body) < 100, path
 
@@ -209,21 +227,26 @@ def test_start_is_quick_and_ctrl_c_ends_it():
 
 def test_a_port_in_use_is_said():
     with socket.create_server(('127.0.0.1', 0)) as taken:
-        p = subprocess.run([sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', str(taken.getsockname()[1])], capture_output=True, text=True)
-    assert p.returncode == 1 and p.stderr.startswith('error: ') and 'in use' in p.stderr and 'Traceback' not in p.stderr
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', port]
+        p = subprocess.run(command, capture_output=True, text=True)
+    assert p.returncode == 1 and p.stderr.startswith('error: ')
+    assert 'in use' in p.stderr and 'Traceback' not in p.stderr
 
 # -----------------------------------------------------------------------------
 # in a browser, driven through its DevTools protocol
 
-CHROMIUM = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 
 class Browser:
     """A page in headless chromium: evaluate, press, screenshot."""
 
     def __init__(self, port, url):
-        target = json.load(urllib.request.urlopen(urllib.request.Request(f'http://127.0.0.1:{port}/json/new?{url}', method='PUT')))
-        self.ws, self.count = connect(target['webSocketDebuggerUrl'], max_size=None).__enter__(), 0
+        request = urllib.request.Request(f'http://127.0.0.1:{port}/json/new?{url}', method='PUT')
+        target = json.load(urllib.request.urlopen(request))
+        self.ws = connect(target['webSocketDebuggerUrl'], max_size=None).__enter__()
+        self.count = 0
 
     def call(self, method, **params):
         self.count += 1
@@ -268,8 +291,9 @@ class Browser:
 @contextlib.contextmanager
 def chrome(folder):
     """The DevTools port of a headless chromium."""
-    p = subprocess.Popen([CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', '--remote-allow-origins=*',
-                          '--window-size=1000,960', f'--user-data-dir={folder}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0',
+               '--remote-allow-origins=*', '--window-size=1000,960', f'--user-data-dir={folder}', 'about:blank']
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         began = time.time()
         while not (folder / 'DevToolsActivePort').exists():
@@ -317,7 +341,8 @@ def test_turning_left_moves_the_picture_right(page):
 def test_two_keys_at_once_hud_and_restart(page):
     assert sorted(page.hold(['w', 'l'], 30)) == ['l', 'w']
     hud = page.js("document.getElementById('hud').textContent")
-    rate, p50, p95, metres = (float(x) for x in re.search(r'(\d+) fps   key to frame (\d+) / (\d+) ms.*\n.* (\d+\.\d) m', hud).groups())
+    numbers = re.search(r'(\d+) fps   key to frame (\d+) / (\d+) ms.*\n.* (\d+\.\d) m', hud).groups()
+    rate, p50, p95, metres = map(float, numbers)
     assert rate > 3 and 0 < p50 <= p95 and metres > .3
     page.key('r', True), page.key('r', False)
     page.wait('walk.metres === 0')

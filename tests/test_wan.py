@@ -1,4 +1,4 @@
-"""Wan2.1's own autoencoder and text encoder, the real classes at tiny size, and the whole recipe upon them: from a video
+"""Wan2.1's own autoencoder and text encoder, the real classes at tiny size, and the whole recipe on them: from a video
 with a RealEstate10K file and a checkpoint in Wan's layout to a streamed mp4."""
 import json
 
@@ -9,12 +9,14 @@ import torch
 diffusers = pytest.importorskip('diffusers', reason='pip install -r requirements-wan.txt')
 transformers = pytest.importorskip('transformers', reason='pip install -r requirements-wan.txt')
 
+from backbones.layouts import save_wan
 from camera import BadInput, keys_to_poses
 from conftest import ROOT, run
-from data import Clips, Wan, get_batch
-from model import ModelConfig, save_wan
+from data import Clips, find_codec, get_batch
+from model import ModelConfig
 from test_folder import gradient, realestate
 from test_model import tiny_model
+from worlds.wan import Wan, pad_text
 
 DIM, N = 8, 33
 
@@ -33,10 +35,12 @@ def wan(tmp_path_factory):
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<unk>'))
     t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     t.post_processor = tokenizers.processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>', unk_token='<unk>').save_pretrained(d / 'tokenizer')
-    transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=len(words), d_model=DIM, d_kv=4, d_ff=16, num_layers=2,
-                                                          num_heads=2)).save_pretrained(d / 'text_encoder')
-    model = tiny_model(camera='none', chunk=4, first=4, shift=5.0, text_len=512)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>',
+                                                     unk_token='<unk>')
+    tokenizer.save_pretrained(d / 'tokenizer')
+    umt5 = transformers.UMT5Config(vocab_size=len(words), d_model=DIM, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    transformers.UMT5EncoderModel(umt5).save_pretrained(d / 'text_encoder')
+    model = tiny_model(camera='none', chunk=4, first_chunk=4, shift=5.0, text_len=512)
     assert model.cfg.text_dim == DIM
     save_wan(str(d / 'transformer'), model)
     return d
@@ -67,7 +71,8 @@ def test_encoding_is_causal_and_normalised(codec):
     z = codec.encode(frames)
     assert z.shape == (2, 3, 16, 4, 4)
     torch.testing.assert_close(codec.encode(frames[:, :5]), z[:, :2], rtol=0, atol=1e-5)
-    torch.testing.assert_close(codec.encode((frames * 255).round().byte()), codec.encode((frames * 255).round() / 255), rtol=0, atol=1e-5)
+    pixels = (frames * 255).round()
+    torch.testing.assert_close(codec.encode(pixels.byte()), codec.encode(pixels / 255), rtol=0, atol=1e-5)
     with torch.no_grad():
         mean = codec.vae.encode(frames[1:].movedim(-1, 1) * 2 - 1).latent_dist.mean[0, :, 1]
     torch.testing.assert_close(z[1, 1] * codec.std[:, 0] + codec.mean[:, 0], mean, rtol=0, atol=1e-5)
@@ -76,11 +81,18 @@ def test_encoding_is_causal_and_normalised(codec):
 def test_text_ends_in_zeros_and_does_not_see_its_padding(codec):
     short, long = codec.embed(['a room', 'a grey  &amp;amp;  room walk'])
     assert (short[3:] == 0).all() and (short[:3].abs().sum(1) > 0).all() and len(long) == 6
-    torch.testing.assert_close(codec.embed(['a room'])[0], short[:3], rtol=0, atol=.05)              # bfloat16
+    torch.testing.assert_close(codec.embed(['a room'])[0], short[:3], rtol=0, atol=.05)   # bfloat16
     cfg = ModelConfig(text_dim=DIM, text_len=4)
     assert codec.embed(['a grey room walk a'], cfg).shape == (1, 4, DIM)
     with pytest.raises(BadInput, match='captions of 8 numbers'):
         codec.embed(['a'], ModelConfig(text_dim=4096, text_len=512))
+    long = torch.randn(2, 3, DIM).bfloat16()
+    assert torch.equal(pad_text(long, cfg)[:, :3], long.float()) and (pad_text(long, cfg)[:, 3:] == 0).all()
+
+
+def test_a_codec_is_loaded_once(wan):
+    codec = find_codec(str(wan))
+    assert codec is find_codec(str(wan)) and codec.stride == 4 and find_codec().stride == 1
 
 
 def test_from_video_to_walk(wan, tmp_path):
@@ -91,48 +103,65 @@ def test_from_video_to_walk(wan, tmp_path):
         iio.imwrite(videos / f'{name}.mp4', gradient(N, 48, 64), fps=16, codec='libx264', macro_block_size=2)
         realestate(videos / f'{name}.txt', c2w)
         (videos / f'{name}.caption').write_text('a grey room')
-    data, out, few = str(tmp_path / 'clips'), str(tmp_path / 'out'), ('--steps', 2, '--batch', 2, '--frames', 5, '--data', tmp_path / 'clips', '--out', tmp_path / 'out')
-    make = ('data.py', '--world', 'folder', '--videos', videos, '--pose_scale', 1, '--height', 32, '--width', 32, '--clips', 4, '--val_clips', 2, '--out', data)
+    data, out = str(tmp_path / 'clips'), str(tmp_path / 'out')
+    few = ('--steps', 2, '--batch', 2, '--frames', 5, '--data', data, '--out', out)
+    make = ('data.py', '--world', 'folder', '--videos', videos, '--pose_scale', 1, '--height', 32, '--width', 32,
+            '--clips', 4, '--val_clips', 2, '--out', data)
     assert 'hold 1, 5, 9, 13' in run(*make, '--frames', 16, '--wan', wan, ok=False)
     assert 'vae/config.json' in run(*make, '--frames', 17, '--wan', tmp_path, ok=False)
     run(*make, '--frames', 29, '--wan', wan)
     clips = Clips(data, 'val')
     z, poses, _, text = clips.read(0)
-    assert z.shape == (8, 16, 4, 4) and poses.shape == (8, 4, 4) and text.shape == (4, DIM) and clips.truth(2, 5).shape == (2, 17, 32, 32, 3)
+    assert z.shape == (8, 16, 4, 4) and poses.shape == (8, 4, 4) and text.shape == (4, DIM)
+    assert clips.truth(2, 5).shape == (2, 17, 32, 32, 3)
     for i, name in ((0, 'a'), (1, 'b')):                      # pose i belongs to picture 4 i
         blue = clips.read(i, ['frames'])[0][..., 2].float().mean((1, 2))
         first = round((blue[0] / 12).item())
-        torch.testing.assert_close(poses[0].inverse() @ poses if i == 0 else clips.read(1)[1][0].inverse() @ clips.read(1)[1],
-                                   c2w[first].inverse() @ c2w[first:first + 29:4], rtol=0, atol=1e-4)
+        poses = clips.read(i)[1]
+        want = c2w[first].inverse() @ c2w[first:first + 29:4]
+        torch.testing.assert_close(poses[0].inverse() @ poses, want, rtol=0, atol=1e-4)
     batch = get_batch(clips, 0, 2, 5, ModelConfig(text_dim=DIM, text_len=512))
-    assert batch.text.shape == (2, 512, DIM) and (batch.text[:, 4:] == 0).all() and batch.text[:, :4].abs().sum() > 0
+    assert batch.text.shape == (2, 512, DIM)
+    assert (batch.text[:, 4:] == 0).all() and batch.text[:, :4].abs().sum() > 0
 
     run('finetune_camera.py', '--init', wan / 'transformer', '--camera', 'plucker', '--sample_steps', 2, *few)
     run('train_ar.py', '--init', f'{out}/camera.safetensors', '--chunk', 2, '--sample_steps', 2, *few)
     run('distill_ode.py', '--init', f'{out}/ar.safetensors', '--pairs', 4, '--teacher_steps', 4, *few)
-    run('distill_dmd.py', '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--before', 0, *few)
+    run('distill_dmd.py', '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--before', 0,
+        *few)
     for ckpt in ('ar', 'dmd'):
-        run('stream.py', '--ckpt', f'{out}/{ckpt}.safetensors', '--steps', 2, '--data', data, '--keys', 'w*4,wl*2', '--out', f'{out}/walk.mp4')
+        run('stream.py', '--ckpt', f'{out}/{ckpt}.safetensors', '--steps', 2, '--data', data, '--keys', 'w*4,wl*2',
+            '--out', f'{out}/walk.mp4')
         assert iio.imread(f'{out}/walk.mp4').shape == (25, 384, 384, 3)
-    run('stream.py', '--ckpt', f'{out}/dmd.safetensors', '--data', data, '--score', f'{out}/score.json')
+    few_step = '--ckpt', f'{out}/dmd.safetensors', '--data', data
+    run('experiments.score', *few_step, '--out', f'{out}/score.json')
     assert len(json.loads(open(f'{out}/score.json').read())['psnr']) == 17
-    run('stream.py', '--ckpt', f'{out}/dmd.safetensors', '--data', data, '--bench', f'{out}/bench.json', '--frames', 240)
+    run('experiments.bench', *few_step, '--out', f'{out}/bench.json', '--frames', 240)
+    assert json.loads(open(f'{out}/bench.json').read())
     iio.imwrite(tmp_path / 'drawing.png', gradient(1, 50, 90)[0])
-    run('stream.py', '--ckpt', f'{out}/ar.safetensors', '--steps', 2, '--data', data, '--first', tmp_path / 'drawing.png', '--keys', 'w*4', '--out', f'{out}/drawn.mp4')
+    run('stream.py', '--ckpt', f'{out}/ar.safetensors', '--steps', 2, '--data', data, '--keys', 'w*4',
+        '--first', tmp_path / 'drawing.png', '--out', f'{out}/drawn.mp4')
     assert len(iio.imread(f'{out}/drawn.mp4')) == 17
+
     # with minWM's numbers
-    recipe, start = f'{ROOT}/expected/minwm', ('finetune_camera', 'train_ar', 'distill_ode', 'distill_cd', 'distill_dmd')
-    few = ('--steps', 2, '--batch', 2, '--frames', 8, '--data', data, '--out', f'{out}/minwm')
-    for name, more in zip(start, (('--init', wan / 'transformer'), ('--init', f'{out}/minwm/camera.safetensors'),
-                                  ('--init', f'{out}/minwm/ar.safetensors', '--pairs', 2), ('--init', f'{out}/minwm/ar.safetensors'),
-                                  ('--init', f'{out}/minwm/ode.safetensors', '--score', f'{out}/minwm/camera.safetensors'))):
-        run(name.replace('_cd', '_ode') + '.py', f'@{recipe}/{name}.txt', *more, *few)
-    run('stream.py', '--ckpt', f'{out}/minwm/dmd.safetensors', '--data', data, '--first', 'prompt', '--keys', 'w*7', '--out', f'{out}/minwm/walk.mp4')
+    recipe, minwm = f'{ROOT}/expected/minwm', f'{out}/minwm'
+    few = ('--steps', 2, '--batch', 2, '--frames', 8, '--data', data, '--out', minwm)
+    for script, flags, start, more in (
+            ('finetune_camera', 'finetune_camera', wan / 'transformer', ()),
+            ('train_ar', 'train_ar', f'{minwm}/camera.safetensors', ()),
+            ('distill_ode', 'distill_ode', f'{minwm}/ar.safetensors', ('--pairs', 2)),
+            ('distill_ode', 'distill_cd', f'{minwm}/ar.safetensors', ()),
+            ('distill_dmd', 'distill_dmd', f'{minwm}/ode.safetensors', ('--score', f'{minwm}/camera.safetensors'))):
+        run(f'{script}.py', f'@{recipe}/{flags}.txt', '--init', start, *more, *few)
+    prompted = '--data', data, '--first', 'prompt', '--keys', 'w*7'
+    run('stream.py', '--ckpt', f'{minwm}/dmd.safetensors', *prompted, '--out', f'{minwm}/walk.mp4')
+
     # a checkpoint from elsewhere, as it comes
-    run('stream.py', '--ckpt', wan / 'transformer', '--data', data, '--first', 'prompt', '--prompt', 'grey', '--keys', 'w*7', '--out', f'{out}/wan.mp4')
+    run('stream.py', '--ckpt', wan / 'transformer', *prompted, '--prompt', 'grey', '--out', f'{out}/wan.mp4')
     assert len(iio.imread(f'{out}/wan.mp4')) == 29
-    torch.save({'generator_ema': {f'model.{k}': v for k, v in tiny_model(camera='prope', chunk=4, first=4, shift=5.0, text_len=512).state_dict().items()}},
-               tmp_path / 'action2v.pt')                      # minWM's
+    state = tiny_model(camera='prope', chunk=4, first_chunk=4, shift=5.0, text_len=512).state_dict()
+    theirs = {f'model.{name}': tensor for name, tensor in state.items()}       # minWM's
+    torch.save({'generator_ema': theirs}, tmp_path / 'action2v.pt')
     (tmp_path / 'config.json').write_text((wan / 'transformer' / 'config.json').read_text())
-    run('stream.py', '--ckpt', tmp_path / 'action2v.pt', '--data', data, '--first', 'prompt', '--keys', 'w*7', '--steps', 4, '--out', f'{out}/minwm.mp4')
+    run('stream.py', '--ckpt', tmp_path / 'action2v.pt', *prompted, '--steps', 4, '--out', f'{out}/minwm.mp4')
     assert '--first prompt' in run('stream.py', '--ckpt', wan / 'transformer', '--data', data, ok=False)

@@ -1,0 +1,490 @@
+"""
+The workshop that all stages share, and that a first reading may skip: command line, devices, optimizers,
+several processes, checkpoints, logs, gates. It defines no network and no loss.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from camera import BadInput
+from model import DiT, ModelConfig, flash_attn_func
+
+# -----------------------------------------------------------------------------
+# the command line of every script
+
+AT_LEAST = dict(batch=1, accum=1, log_every=1, save_every=1, eval_every=1, eval_clips=1, paths=1, steps=0,
+                seed=0, clip=0, fps=0)
+
+
+def true_or_false(text):
+    """The type of boolean flags: 'True' or 'False'."""
+    return ('False', 'True').index(text) == 1
+
+
+def command_line(main, Config, doc):
+    """main(Config) with a flag for each field; @file reads flags from a file. Bad input is one sentence and
+    exit code 1."""
+    parser = argparse.ArgumentParser(description=doc, fromfile_prefix_chars='@',
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = true_or_false if f.type is bool else f.type
+        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
+    cfg = Config(**vars(parser.parse_args()))
+    least_frames = 2 if hasattr(cfg, 'batch') else 0
+    try:
+        for name, least in dict(AT_LEAST, frames=least_frames).items():
+            value = getattr(cfg, name, least)
+            if value < least:
+                raise BadInput(f'--{name} {value}: at least {least}')
+        main(cfg)
+    except (BadInput, OSError, OverflowError) as e:
+        sys.exit(f'error: {e}')
+
+# -----------------------------------------------------------------------------
+# one process of a run
+
+def pick_device(device='auto', dtype='auto', local_rank=0):
+    """(device, compute dtype). auto: cuda, else cpu; bfloat16 where the hardware multiplies it natively."""
+    devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+    device = devices[-1] if device == 'auto' else device
+    if device not in devices or dtype not in ('auto', 'float32', 'bfloat16'):
+        raise BadInput(f'--device {device} --dtype {dtype}: choose auto, cpu, or cuda where there is one; '
+                       'auto, float32 or bfloat16')
+    if device == 'cuda':
+        torch.cuda.set_device(local_rank)
+    if dtype == 'auto':
+        checks = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
+        native = device == 'cuda' or any(getattr(torch.cpu, check, bool)() for check in checks)
+        dtype = 'bfloat16' if native else 'float32'
+    return torch.device(device), getattr(torch, dtype)
+
+
+@dataclass
+class Run:
+    """One process of a training run."""
+    rank: int
+    world: int                    # how many processes there are
+    device: torch.device
+    dtype: torch.dtype            # of the arithmetic; weights are float32
+    micro: int                    # samples of a micro-batch
+
+    def say(self, text):
+        """Print, once for all processes."""
+        if self.rank == 0:
+            print(text)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def barrier(self):
+        """Wait for the other processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def end(self):
+        self.barrier()
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def setup(cfg):
+    """The Run of this process, alone or as torchrun started it. Makes the folder cfg.out and seeds torch."""
+    env = os.environ
+    rank, world = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
+    device, dtype = pick_device(cfg.device, cfg.dtype, int(env.get('LOCAL_RANK', 0)))
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    micro = cfg.batch // (world * cfg.accum)
+    if micro * world * cfg.accum != cfg.batch:
+        raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
+    os.makedirs(cfg.out, exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    return Run(rank, world, device, dtype, micro)
+
+
+def describe(stage, model, cfg, run, clips):
+    """Say what is about to be trained, and by which attention."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    tokens = clips.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
+    cuda = run.device.type == 'cuda'
+    run.say(f'{stage}: {millions:.2f} M parameters, {tokens} tokens a frame, effective batch {cfg.batch} = '
+            f'{run.world} x {cfg.accum} x {run.micro}, {run.device}, {run.dtype}, '
+            f'{"flash-attn" if cuda and flash_attn_func else "sdpa"}, masked: '
+            f'{"flex_attention" if cuda else "block rows"}, {len(clips)} clips')
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
+
+def orthogonalise(X):
+    """Bring all singular values of wide matrices X (n, rows, columns) to about 1, in the dtype of X.
+
+    Three Newton-Schulz steps, each the best polynomial for what the one before leaves of [.01, 1] (Polar
+    Express, Amsel et al. 2025). They start from X divided by the 4-norm of its singular values.
+    """
+    A = X @ X.mT
+    size = A.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-14)     # the 4-norm, squared
+    size = size * (1 + 4 * torch.finfo(A.dtype).eps)                     # rounding must not lead beyond 1
+    X = (X / size.sqrt()).to(A.dtype)
+    A = (A / size).to(A.dtype)
+    for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        A = X @ X.mT if i > 0 else A
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) with steps of AdamW's size (Moonlight), so that one learning rate fits both.
+    Unlike torch.optim.Muon it computes in any dtype, and all matrices of a shape at once."""
+
+    def __init__(self, params, lr, weight_decay, dtype):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, dtype=dtype))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for params in by_shape.values():
+                self.update(params, group)
+
+    def update(self, params, group):
+        """The same step for matrices of one shape, some of them transposed."""
+        for p in params:
+            self.state[p] = self.state[p] or {'momentum_buffer': torch.zeros_like(p)}
+        momentum = [self.state[p]['momentum_buffer'] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(momentum, grads, .05)
+        ahead = torch._foreach_lerp(grads, momentum, .95)                # Nesterov
+        wide = torch.stack([as_wide(x) for x in ahead]).to(group['dtype'])
+        for p, step in zip(params, orthogonalise(wide)):
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            as_wide(p).add_(step, alpha=-group['lr'] * .2 * max(p.shape) ** .5)
+
+
+def as_wide(x):
+    """A matrix, transposed if it has more rows than columns."""
+    return x.mT if x.shape[0] > x.shape[1] else x
+
+
+def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):
+    """AdamW for all parameters or, with muon, Muon for the matrices of the blocks and AdamW for the rest."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        chosen = hidden if muon and name.startswith('blocks') and p.ndim == 2 else rest
+        chosen.append(p)
+    if any(hasattr(p, 'full_tensor') for p in hidden):
+        raise BadInput('--shard fsdp: Muon needs whole matrices: add --muon False')
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)]
+    if muon:
+        optimizers.append(Muon(hidden, lr, weight_decay, dtype))
+    return optimizers
+
+
+def clip_gradients(params, limit):
+    """Scale the gradients to a norm of at most `limit`, and return what it was. Raises BadInput, before any
+    weight changes, if it is no number."""
+    norm = whole(torch.nn.utils.clip_grad_norm_(params, limit)).item()
+    if not math.isfinite(norm):
+        raise BadInput(f'the gradient of this step is {norm}: nothing of it is kept; try a smaller --lr, '
+                       'or --dtype float32')
+    return norm
+
+
+def learning_rate(step, steps, lr, warmup, decay):
+    """Linear warm-up over `warmup` steps, constant, then linear decay to 0 over the last fraction `decay`."""
+    return lr * min(1, (step + 1) / max(1, warmup), (steps - step) / (decay * steps + 1e-9))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay ema + (1 - decay) model, with a shorter memory in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
+
+# -----------------------------------------------------------------------------
+# several processes
+
+def shard(model, how, offload=False, compiled=False):
+    """The model as this process trains it. Alone: as it is. ddp: gradients are averaged. fsdp: weights,
+    gradients and optimizer state are split (with offload they wait in the processor's memory). compiled: by
+    torch.compile."""
+    if how not in ('ddp', 'fsdp'):
+        raise BadInput(f'--shard {how}: choose ddp or fsdp')
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    if not dist.is_initialized():
+        return model
+    if how == 'fsdp':
+        from backbones.fsdp import split_over_processes
+        return split_over_processes(model, offload)
+    net = DistributedDataParallel(model)
+    net.cfg = model.cfg
+    return net
+
+
+def sync_gradients(net, on):
+    """Average the gradients of the next backward pass over the processes? Only for the last micro-batch."""
+    if hasattr(net, 'set_requires_gradient_sync'):
+        net.set_requires_gradient_sync(on)
+    net.require_backward_grad_sync = on
+
+
+def whole(x):
+    """A tensor that FSDP has split, put together again (all processes call this); any other as it is."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+
+def split_like(x, y):
+    """The whole tensor x, split as y is."""
+    return distribute_tensor(x, y.device_mesh, y.placements) if hasattr(y, 'full_tensor') else x
+
+# -----------------------------------------------------------------------------
+# checkpoints: safetensors only, written whole or not at all
+
+def save_tensors(path, tensors, meta):
+    """Write tensors and a JSON header to a temporary name, then rename: a crash leaves the old file."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    tmp = f'{path}.tmp{os.getpid()}'
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {'meta': json.dumps(meta)})
+    os.replace(tmp, path)
+
+
+def write_json(path, value):
+    with open(f'{path}.tmp', 'w') as f:
+        json.dump(value, f, indent=1)
+    os.replace(f'{path}.tmp', path)
+
+
+def open_tensors(path):
+    """({name: function that reads that tensor}, header) of a safetensors file, by memory map."""
+    try:
+        f = safe_open(path, 'pt')
+        header = json.loads((f.metadata() or {}).get('meta', '{}'))
+        return {name: functools.partial(f.get_tensor, name) for name in f.keys()}, header
+    except FileNotFoundError:
+        raise BadInput(f'{path}: no such file; train it first or name another checkpoint') from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise BadInput(f'{path}: not a readable safetensors checkpoint ({e}); it may be truncated, or a '
+                       'pickle: make it again') from None
+
+
+def load_tensors(path):
+    """(tensors, header) of a file of save_tensors. Raises BadInput if it is missing or not readable."""
+    tensors, header = open_tensors(path)
+    return {name: read() for name, read in tensors.items()}, header
+
+
+def find_checkpoint(path, default):
+    """`path` if it exists. A default that has not been trained yet falls back to the shipped file of that
+    name in checkpoints/. None if there is neither."""
+    if os.path.exists(path):
+        return path
+    shipped = f'checkpoints/{os.path.basename(path)}'
+    return shipped if path == default and os.path.exists(shipped) else None
+
+
+def save_model(path, state, cfg, **meta):
+    """Weights under Wan's names, header {model: config, **meta}."""
+    save_tensors(path, state, {'model': asdict(cfg), **meta})
+
+
+def config_from_header(header):
+    """The ModelConfig that save_model has stored, or None."""
+    saved = dict(header.get('model', {}))
+    if 'first' in saved:                                       # the name of first_chunk in older files
+        saved['first_chunk'] = saved.pop('first')
+    known = {f.name for f in fields(ModelConfig)} >= saved.keys()
+    return ModelConfig(**saved) if known and saved else None
+
+
+def load_model(path, device='cpu', dtype=torch.float32):
+    """(DiT, header) of a checkpoint; each tensor goes from the file straight to device and dtype, so that no
+    second copy is held. Raises BadInput that names every tensor that is missing, left over or of another
+    shape."""
+    cfg = None
+    if path.endswith('.safetensors') and os.path.isfile(path):
+        tensors, header = open_tensors(path)
+        cfg = config_from_header(header)
+    if cfg is None:                                            # of Wan, minWM, ...
+        from backbones.layouts import find_config, open_weights
+        tensors, header = open_weights(path)
+        cfg = find_config(path, tensors, header)
+    with torch.device('meta'):
+        model = DiT(cfg)
+    state = {name: read().to(device, dtype, copy=True) for name, read in tensors.items()}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise BadInput(f'{path}: its tensors do not fit its config: {" ".join(str(e).split())} '
+                       'Make the checkpoint again') from None
+    return model.requires_grad_(), {'stage': 'wan', 'step': 0, 'frames': 21} | header
+
+
+def fixed_settings(cfg):
+    """The settings that a resumed run must share with the run before."""
+    free = ('device', 'accum', 'shard', 'offload', 'checkpoint', 'compile', 'log_every', 'save_every',
+            'eval_every')
+    return {name: value for name, value in asdict(cfg).items() if name not in free}
+
+
+def named_weights(model, ema):
+    """The tensors of a model and of its average, by the names that a resume file has for them."""
+    weights = {f'model.{name}': x for name, x in model.state_dict().items()}
+    return weights | {f'ema.{name}': x for name, x in ema.items()}
+
+
+def save_resume(path, model, ema, optimizers, step, cfg):
+    """All that an exact continuation needs, in one file: raw weights, EMA, optimizer state, step, settings.
+    All processes call it, the first writes; it may be resumed by another number of them."""
+    tensors = named_weights(model, ema)
+    for i, optimizer in enumerate(optimizers):
+        for number, state in optimizer.state_dict()['state'].items():
+            tensors |= {f'opt{i}.{number}.{name}': x for name, x in state.items()}
+    tensors = {name: whole(x) for name, x in tensors.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_tensors(path, tensors, {'step': step, 'config': fixed_settings(cfg)})
+
+
+def load_resume(path, model, ema, optimizers, cfg, run):
+    """Undo save_resume in place and say so; returns the step to go on from, 0 if there is no such file.
+    Raises BadInput if it was made with other settings."""
+    if not os.path.exists(path):
+        return 0
+    tensors, meta = load_tensors(path)
+    old = meta['config']
+    changed = [f'{k} {old.get(k)}, not {v}' for k, v in fixed_settings(cfg).items() if old.get(k) != v]
+    weights = named_weights(model, ema)
+    for name, x in weights.items():
+        if name not in tensors or tensors[name].shape != x.shape:
+            changed.append(f'another {name}')
+    if changed:
+        raise BadInput(f'{path} was made with {", ".join(changed)}: run that again to go on, or delete it to '
+                       'start over')
+    for name, x in tensors.items():
+        if name in weights:
+            mine = weights[name]
+            mine.copy_(split_like(x.to(mine.device), mine))
+            continue
+        optimizer, number, name = name.split('.')              # opt0.NUMBER OF THE PARAMETER.NAME
+        optimizer = optimizers[int(optimizer[3:])]
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        p = params[int(number)]
+        x = x.to(p.device)
+        optimizer.state[p][name] = split_like(x, p) if x.ndim else x            # a number: Adam's steps
+    run.say(f'go on from {path}, step {meta["step"]}')
+    return meta['step']
+
+# -----------------------------------------------------------------------------
+# logs
+
+class Log:
+    """A line on the screen and a JSON line in `path`. A resumed run drops the lines of the steps that it runs
+    again, and those of the evaluation at step `again`."""
+
+    def __init__(self, path, run, start, again=None):
+        self.run = run
+        path = path if run.rank == 0 else os.devnull
+        lines = []
+        if start and os.path.exists(path):
+            with open(path) as f:
+                lines = [line for line in f if line.endswith('\n')]     # the last may have been cut off
+        self.file = open(path, 'w', buffering=1)                       # a line at a time
+        for line in lines:
+            entry = json.loads(line)
+            evaluated_again = entry['step'] == again and 'lr' not in entry
+            if entry['step'] <= start and not evaluated_again:
+                self.file.write(line)
+
+    def write(self, text, **entry):
+        if self.run.rank == 0:
+            tqdm.write(text)
+        self.file.write(json.dumps(entry) + '\n')
+
+
+class Meter:
+    """Means since the last log line: of the loss, and of the error of single frames in each quarter of t."""
+
+    def __init__(self, run):
+        self.run = run
+        self.restart()
+
+    def restart(self):
+        self.sums = torch.zeros(3, 5, device=self.run.device)  # loss; error, count of frames by quarter of t
+        self.steps = 0
+        self.seconds = 0
+
+    def add(self, loss, error, t):
+        quarter = (4 * t).ceil().clamp(min=0).long().flatten() # 1 to 4; a given frame, at t <= 0, is in none
+        self.sums[0, 0] += loss.detach()
+        self.sums[1] += torch.bincount(quarter, error.detach().flatten(), minlength=5)
+        self.sums[2] += torch.bincount(quarter, minlength=5)
+
+    def end_step(self, began):
+        self.steps += 1
+        self.seconds += time.time() - began
+
+    def read(self):
+        """(loss, [error by quarter of t], milliseconds a step), over all processes."""
+        if self.run.world > 1:
+            dist.all_reduce(self.sums)
+        loss = self.sums[0, 0].item() / self.steps / self.run.world
+        levels = self.sums[1, 1:] / self.sums[2, 1:].clamp(min=1)
+        ms = self.seconds * 1e3 / self.steps
+        self.restart()
+        return loss, levels.tolist(), ms
+
+
+def score(evaluate, cfg, stage, run, model, ema, clips, log, step):
+    """(EMA weights, how well they do on held-out clips); a line in the log and a strip of pictures."""
+    state = {name: whole(x) for name, x in ema.items()}
+    metrics = {}
+    if run.rank == 0:
+        average = DiT(model.cfg).to(run.device)
+        average.load_state_dict(state)
+        metrics = evaluate(average, cfg, clips, run.device, f'{cfg.out}/{stage}.png')
+        text = ', '.join(f'{name} {value:.3f}' for name, value in metrics.items())
+        log.write(f'{stage} {step:6d} | {text}', step=step, **metrics)
+    return state, metrics
+
+# -----------------------------------------------------------------------------
+# gates: is this stage healthy?
+
+def gate(stage, preset, metrics):
+    """Compare metrics with the thresholds of expected/<preset>.json; returns the line to print."""
+    path = pathlib.Path(__file__).parent / f'expected/{preset}.json'
+    if not path.exists():
+        return f'gate: none for preset {preset} (expected/{preset}.json is missing)'
+    expected = json.loads(path.read_text())
+    thresholds = expected.get(stage, {}).get('thresholds', {})
+    parts, advice = [], ''
+    for name, (sign, limit) in thresholds.items():
+        if name not in metrics:                                # clips too short for frame 7
+            continue
+        parts.append(f'{name} {metrics[name]:.3g} {sign} {limit:g}')
+        ok = metrics[name] >= limit if sign == '>=' else metrics[name] <= limit
+        if not ok:
+            advice += f'\n  {name}: {expected["hints"][name.split(",")[0]]}'
+    if not parts:
+        return f'gate: none for {stage} in expected/{preset}.json'
+    return f'gate: {"FAIL" if advice else "PASS"} {", ".join(parts)}{advice}'
