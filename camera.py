@@ -19,7 +19,7 @@ Signs, worked by hand. Yaw by +a about y and pitch by +a about x are
     Rx(a) (0,0,1) = (0, -sin a, cos a):  towards -y, so +pitch looks up:  key i is +pitch, k is -pitch.
 
     A camera at the origin that turns right by 90 degrees and then walks 1 m forward ("l*9,w*4" with
-    10 degrees and 0.25 m a key) stands at t = (1, 0, 0) and looks along +x. Tested.
+    10 degrees and 0.25 m a key) stands at t = (1, 0, 0) and looks along +x.
 
 R = Ry(yaw) Rx(pitch): yaw turns about the world's up, whatever the pitch. Walking (w s a d) stays level,
 u and o (minWM: u and dn) move straight up and down. Pitch is clamped to +-MAX_PITCH degrees.
@@ -120,8 +120,8 @@ def moves(c2w, before=None, jump=None):
     move = invert(path[:, :-1]) @ path[:, 1:]                      # (B, F, 4, 4)
     move = move.to(c2w.dtype)
     if jump is not None:
-        from_frame_0 = 1 if before is None else 0                  # the move that leads away from frame 0
-        move[jump, :from_frame_0 + 1] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
+        moved = 2 if before is None else 1                         # moves up to the one away from frame 0
+        move[jump, :moved] = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
     return move
 
 

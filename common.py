@@ -1,5 +1,5 @@
 """
-The workshop that all stages share, and that a first reading may skip: command line, devices, optimizers,
+Utilities that all stages share, and that a first reading may skip: command line, devices, optimizers,
 several processes, checkpoints, logs, gates. It defines no network and no loss.
 """
 import argparse
@@ -367,7 +367,7 @@ def save_resume(path, model, ema, optimizers, step, cfg):
 
 
 def load_resume(path, model, ema, optimizers, cfg, run):
-    """Undo save_resume in place and say so; returns the step to go on from, 0 if there is no such file.
+    """Restore in place what save_resume wrote; returns the step to go on from, 0 if there is no such file.
     Raises BadInput if it was made with other settings."""
     if not os.path.exists(path):
         return 0

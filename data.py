@@ -8,7 +8,7 @@ Worlds, codecs, captions, clips on disk, batches.
     ... --wan Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --frames 81     # as Wan's own latents
 
 writes data/<world>/: manifest.json, train and val shards (safetensors, read by memory map), a contact sheet.
-A shard holds, for n clips of F latent frames (one is one picture; with --wan every fourth is):
+A shard holds, for n clips of F latent frames (a frame is a picture; with --wan all but the first are four):
 
     latents (n, F, 16, H / 8, W / 8) float16      what the network sees
     c2w     (n, F, 4, 4) float32                  the pose of each latent, in any world frame
@@ -58,12 +58,12 @@ class Config:
     clips: int = 1600             # training clips
     val_clips: int = 64           # held-out clips
     frames: int = 17              # frames per clip; training takes random windows of it
-    door: bool = False            # lowpoly: a plan's paths begin at one place, learnt by heart with a sink
+    door: bool = False            # lowpoly: all paths of a plan begin at one place; use with --sink
     height: int = 64
     width: int = 64
     map: str = 'my_way_home'      # doom: a map that ships with ViZDoom
     videos: str = ''              # folder: where the videos and their poses are, or minWM's input JSON
-    stride: int = 1               # folder: every so many-th frame
+    stride: int = 1               # folder: keep every n-th frame
     pose_scale: float = 0.0       # folder: metres in a unit of the poses; -1: unknown, a mean move is 0.15 m
     seed: int = 0
     wan: str = ''                 # folder of Wan2.1's vae, text_encoder, tokenizer (diffusers'), or nothing
@@ -552,15 +552,15 @@ def open_clips(cfg, run):
 
 @dataclass
 class Draws:
-    """The uniform random numbers of a step, u (B, 2 F + 4) in [0, 1), by what they decide:
+    """The uniform random numbers of a step, u (B, 2 F + 4) in [0, 1), by what the losses make of them:
 
-    t           (B, F) the time of each frame
+    t           (B, F) the time of each frame, still to be shifted; frames of a chunk read one column
     first       (B,)   stage 0: is frame 0 given?
     restart     (B,)   stage 1 with drift, the same number: does the rollout begin again?
     drop_text   (B,)   is the prompt dropped?
     drop_camera (B,)   is the camera dropped?
     noise_seed  (B,)   stage 1 with drift: the noise of the rollout
-    t_history   (B, F) the time of each frame of the history
+    t_history   (B, F) the time of each frame of the history, in shares of --context_noise
     """
     u: torch.Tensor
 
@@ -577,7 +577,7 @@ class Draws:
 
 @dataclass
 class Batch:
-    x0: torch.Tensor              # (B, F, 16, H, W) clean latents
+    x0: torch.Tensor              # (B, F, 16, H, W) clean latents (stage 2's pairs: the noised history)
     camera: Camera                # poses relative to frame 0
     text: torch.Tensor            # (B, text_len, text_dim)
     eps: torch.Tensor             # (B, F, 16, H, W) the noise of this step

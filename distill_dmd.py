@@ -2,12 +2,13 @@
 Stage 3: the few-step causal model learns from its own rollouts, by asymmetric distribution matching (DMD).
 
 In:  clips (only their first frames, poses and captions are used) and three networks:
-Out: out/dmd.safetensors, the best by score, and out/dmd.last.safetensors, both for 4, 2 and 1 steps.
 
-    network      starts from                      trained?    causal?    learning rate
-    generator    out/ode.safetensors (stage 2)    yes         yes        --lr
-    real score   --score (stage 0, trained on)    no          no         -
-    fake score   the same                         yes         no         --critic_lr
+    network      starts from                         trained?    causal?    learning rate
+    generator    out/ode.safetensors (stage 2)       yes         yes        --lr
+    real score   out/camera.safetensors (stage 0)    no          no         -
+    fake score   the same                            yes         no         --critic_lr
+
+Out: out/dmd.safetensors, the one with the best pictures, and out/dmd.last.safetensors; for 4, 2 and 1 steps.
 
     python distill_dmd.py                                                                 # laptop
     torchrun --nproc_per_node=1 distill_dmd.py --batch 64                                 # one GPU
@@ -92,7 +93,7 @@ def there_and_back(n, length):
 class Rollout:
     """The frames of a rollout that the scores see."""
     x: torch.Tensor               # (B, F, C, H, W)
-    given: int                    # how many of them, the first, are the data's own
+    given: int                    # the first `given` of them come from the data
     batch: Batch                  # cameras, captions and true frames at these places
 
 
@@ -108,8 +109,8 @@ def plan_rollout(model_cfg, cfg, index):
 
 
 def scored_window(model_cfg, batch, path, before, frames):
-    """(indices into the rollout, the batch) of what the scores see: its last `frames` frames, or with a sink
-    its first frame and the last frames - 1."""
+    """(indices into the rollout, the batch) of what the scores see: the last F = `frames` frames or, with a
+    sink, frame 0 and the last F - 1."""
     kept = list(range(before, before + frames))
     jump = torch.zeros(len(batch.x0), dtype=torch.bool, device=batch.x0.device)
     if model_cfg.sink:
@@ -121,7 +122,7 @@ def scored_window(model_cfg, batch, path, before, frames):
 
 
 def self_rollout(model, cfg, batch, index):
-    """The last cfg.frames frames of a rollout of the generator along the batch's cameras.
+    """What the scores see of a rollout of the generator along the batch's cameras.
 
     Self Forcing, algorithm 1: all chunks stop at one random step, whose call carries the gradient, if any.
     Up to cfg.before frames are generated first, without gradient, so that the generator learns on histories
@@ -151,8 +152,8 @@ def self_rollout(model, cfg, batch, index):
     )
     frames = []
     done = 0
-    for size in sizes:
-        with torch.set_grad_enabled(grad and done >= before):
+    for size in sizes:                                                     # a generator runs in the grad mode
+        with torch.set_grad_enabled(grad and done >= before):              # of whoever calls next()
             frames.append(next(chunks))
         done += size
     if before > 0 and not m.sink:
@@ -169,8 +170,11 @@ def noised(x, batch, shift, given):
 
 
 def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera'):
-    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given. It is,
-    up to a positive factor, the gradient in x of KL(rollouts || data). Only the real score is guided."""
+    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over the frames of a clip that are not given.
+
+    A score is ((1 - t) x0 - x_t) / t^2, so this is, up to a positive factor, score_fake - score_real: the
+    gradient in x_t of KL(noised rollouts || noised data). Only the real score is guided.
+    """
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
         null = real(x_t, t, *null_condition(over, batch.text, batch.camera))
@@ -198,7 +202,8 @@ def generator_loss(nets, cfg, batch, index):
 
 
 def critic_loss(nets, cfg, batch, out):
-    """5) critic: the fake score follows the generator, by flow matching on its rollout."""
+    """5) critic: the fake score follows the generator, by flow matching on its rollout. The batch gives fresh
+    noise and times; cameras and captions are the rollout's."""
     x_t, t = noised(out.x, batch, nets['fake'].cfg.shift, out.given)
     v = nets['fake'](x_t, t, out.batch.text, out.batch.camera)
     eps = batch.eps[:, :out.x.shape[1]]
@@ -208,9 +213,9 @@ def critic_loss(nets, cfg, batch, out):
 # what pictures look like, whatever they show: the checkpoint is chosen by it
 
 def sharpness(x):
-    """Gradient energy of the luma of pictures (..., H, W, 3) -> (...)."""
-    luma = x.mean(-1)
-    across, down = luma.diff(dim=-1), luma.diff(dim=-2)
+    """Gradient energy of pictures (..., H, W, 3) in grey -> (...)."""
+    grey = x.mean(-1)
+    across, down = grey.diff(dim=-1), grey.diff(dim=-2)
     return across.square().mean((-2, -1)) + down.square().mean((-2, -1))
 
 
@@ -220,12 +225,12 @@ def motion(x):
 
 
 def frechet_features(x):
-    """80 numbers of each picture (n, H, W, 3): 4 x 4 means of the colours, of the luma's gradient energy and
+    """80 numbers of each picture (n, H, W, 3): 4 x 4 means of the colours, of the gradient energy in grey and
     of its square root. (n, 80) float64."""
     x = x.movedim(-1, 1).double()
-    luma = x.mean(1, keepdim=True)
-    across = functional.pad(luma.diff(dim=-1), (0, 1))
-    down = functional.pad(luma.diff(dim=-2), (0, 0, 0, 1))
+    grey = x.mean(1, keepdim=True)
+    across = functional.pad(grey.diff(dim=-1), (0, 1))
+    down = functional.pad(grey.diff(dim=-2), (0, 0, 0, 1))
     energy = across.square() + down.square()
     maps = torch.cat([x, energy * 10, energy.sqrt()], 1)
     return functional.adaptive_avg_pool2d(maps, 4).flatten(1)
@@ -250,19 +255,20 @@ def liveliness(video, truth):
 
 
 def picture_metrics(video, truth):
-    """fd, sharpness and motion of rollouts (n, F, H, W, 3) against the truth as decoded; and score,
-    the less the better: the Fréchet distance, and what it hardly sees, blur and standing still."""
+    """fd, sharpness and motion of rollouts (n, F, H, W, 3) against the truth as decoded. `score` chooses the
+    checkpoint, lower is better: the Fréchet distance plus a penalty for blur and stillness."""
     fd = frechet(video[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))
     lively = liveliness(video, truth)
     penalty = sum(abs(1 - x) for x in lively.values())
     return {**lively, 'fd': fd, 'score': fd + .1 * penalty}
 
 # -----------------------------------------------------------------------------
-# evaluate: rollouts along held-out paths in a few steps. Before: has the real score anything to teach?
+# evaluate: rollouts along held-out paths in a few steps. Before training: is the real score any better?
 
 @torch.inference_mode()
 def evaluate(model, cfg, clips, device, strip=None, before=None):
-    """The metrics of held-out rollouts of before (None: as in training) + cfg.frames frames."""
+    """The metrics of held-out rollouts of `before` + cfg.frames frames; before=None: the most that training
+    generates first."""
     if before is None:
         before = cfg.before // model.cfg.chunk * model.cfg.chunk
     n = min(cfg.eval_clips, len(clips))
@@ -281,7 +287,8 @@ def evaluate(model, cfg, clips, device, strip=None, before=None):
     near = cfg.frames if cfg.frames > 7 else c2w.shape[1]                  # the wrong path stops early
     video = generate(c2w)
     wrong = generate(c2w.roll(-1, 0)[:, :near])
-    metrics = path_metrics(video[:, :near], wrong, truth[:, :near]) | picture_metrics(video, truth)
+    pictures = wrong.shape[1]
+    metrics = path_metrics(video[:, :pictures], wrong, truth[:, :pictures]) | picture_metrics(video, truth)
     metrics[f'psnr@{truth.shape[1] - 1}'] = psnr(video, truth).mean(0)[-1].item()
     if strip:
         write_strip(strip, truth[:6], video[:6], most=cfg.frames)
@@ -428,6 +435,7 @@ def train(cfg, run, nets, clips, held_out):
     optimizers = {}
     for name, lr in lrs.items():
         params = nets[name].parameters()
+        # beta1 = 0, as DMD2: no momentum while the other network changes
         optimizers[name] = torch.optim.AdamW(params, lr, (0., .999), weight_decay=.01, fused=True)
     trained = torch.nn.ModuleDict({name: nets[name] for name in lrs})
     ema = {name: x.clone() for name, x in model.state_dict().items()}

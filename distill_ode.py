@@ -5,9 +5,9 @@ In:  clips with poses and the causal model (out/ar.safetensors), which is both t
 Out: out/ode.safetensors (--method ode, Causal Forcing) or out/cd.safetensors (--method cd, Causal Forcing++),
      each for 4, 2 and 1 steps.
 
-    python distill_ode.py --method cd                                                     # laptop
-    torchrun --nproc_per_node=1 distill_ode.py --method cd --batch 64                     # one GPU
-    torchrun --nproc_per_node=8 distill_ode.py --method cd --batch 256                    # eight
+    python distill_ode.py --teacher_steps 8 --guidance 1.3                                # laptop
+    torchrun --nproc_per_node=1 distill_ode.py --batch 64                                 # one GPU
+    torchrun --nproc_per_node=8 distill_ode.py --batch 256                                # eight
 
 --method ode makes pairs (state, end point) of the teacher's ODE once, then regresses them; few guided steps
 (--teacher_steps, --guidance) are better here than 48. Why the teacher must be causal, and what happens if it
@@ -99,7 +99,7 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
     history batch.x0 at times `level` (B, F). Where a frame ends is then a function of what a causal student
     sees: the history and the frame's own noise.
 
-    Returns (B, len(at) + 1, F, C, H, W): the states at the times `at`, on the straight lines of the steps,
+    Returns (B, len(at) + 1, F, C, H, W): the states at the times `at`, interpolated linearly within a step,
     and the end point.
     """
     B, F, _, H, W = batch.x0.shape
@@ -127,7 +127,9 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
         if guidance != 1:
             cond, null = v[:B], v[B:]
             v = null + guidance * (cond - null)
-        states += [x + (s - t) * v for s in at.tolist() if t_next < s <= t]
+        for s in at.tolist():
+            if t_next < s <= t:
+                states.append(x + (s - t) * v)
         x = x + (t_next - t) * v
     return torch.stack([*states, x], 1)
 
@@ -135,6 +137,8 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
 def ode_loss(net, cfg, batch):
     """Regress a state of the ODE to its end point: (scalar, errors of x0 (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
+    # batch.x0 of a pair (make_shard) is the history, noised to the times `level` already. Its moves are
+    # stored too, as get_batch cannot know where frame 0, a sink, does not lead to frame 1
     states, move, level = batch.more
     batch = replace(batch, camera=replace(batch.camera, move=move))
     # 1) one of the student's times for each clip, and the teacher's state there
@@ -151,8 +155,8 @@ def ode_loss(net, cfg, batch):
 # the lesson, 2: causal consistency distillation (Causal Forcing++, section 3.2): the same map, without pairs
 
 def cd_loss(net, cfg, batch, teacher, averaged):
-    """One teacher step links two neighbouring times; where the student and its average land from them must
-    agree. Returns as ode_loss."""
+    """One teacher step links two neighbouring times: the student at t and its EMA at t' < t must predict the
+    same x0. Returns the same three as ode_loss."""
     B, F = batch.x0.shape[:2]
     # 1) neighbours t > t' on the grid, one pair for each clip, in float32
     grid = schedule(cfg.teacher_steps, net.cfg.shift).to(batch.x0.device)
@@ -160,22 +164,22 @@ def cd_loss(net, cfg, batch, teacher, averaged):
     t = grid[i][:, None].expand(B, F)
     t_next = grid[i + 1][:, None].expand(B, F)
     x_t = add_noise(batch.x0, batch.eps, t)
-    batch, level = noised_history(cfg, batch, net.cfg)
+    past, level = noised_history(cfg, batch, net.cfg)
     with torch.no_grad():
         # 2) the frozen teacher goes one Euler step from t to t'
-        v = teacher_forced(teacher, net.cfg, batch, x_t, t, level)
+        v = teacher_forced(teacher, net.cfg, past, x_t, t, level)
         if cfg.guidance != 1:
-            text, camera = null_condition(cfg.over, batch.text, batch.camera)
-            without = replace(batch, text=text, camera=camera)
+            text, camera = null_condition(cfg.over, past.text, past.camera)
+            without = replace(past, text=text, camera=camera)
             null = teacher_forced(teacher, net.cfg, without, x_t, t, level)
             v = null + cfg.guidance * (v - null)
         x_next = x_t + (t_next - t)[..., None, None, None] * v
-        # 3) the student's EMA jumps from there: the target. At t' = 0 it is x' itself, the boundary condition
-        v = teacher_forced(averaged, net.cfg, batch, x_next, t_next, level)
-        target = v_to_x0(x_next, v, t_next)
+        # 3) the student's EMA jumps from there: the target. At t' = 0 it is x_next, the boundary condition
+        v_ema = teacher_forced(averaged, net.cfg, past, x_next, t_next, level)
+        target = v_to_x0(x_next, v_ema, t_next)
     # 4) the student jumps from t
-    v = teacher_forced(net, net.cfg, batch, x_t, t, level)
-    error = (v_to_x0(x_t, v, t) - target).square().mean((2, 3, 4))         # (B, F)
+    v_student = teacher_forced(net, net.cfg, past, x_t, t, level)
+    error = (v_to_x0(x_t, v_student, t) - target).square().mean((2, 3, 4)) # (B, F)
     return error.mean(), error, t
 
 # -----------------------------------------------------------------------------
@@ -305,7 +309,7 @@ def start_model(cfg, run):
 
 
 def choose_objective(cfg, run, ema, clips):
-    """(loss of (net, cfg, batch), the clips it reads) of cfg.method."""
+    """The loss function of cfg.method, and the clips that it reads."""
     teacher, _ = load_model(cfg.init, run.device)
     if cfg.method == 'ode':
         folder = make_pairs(cfg, clips, teacher, run)

@@ -34,7 +34,7 @@ class Config:
     # what
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/base.safetensors'
-    camera: str = 'plucker'       # plucker | none: train the base model
+    camera: str = 'plucker'       # plucker | prope | plucker+prope | none: train the base model
     sink: bool = False            # learn to keep a walk's first frame (clips longer than --frames)
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
@@ -76,7 +76,7 @@ def loss_fn(model, cfg, batch):
     """Mean squared error of the velocity: (scalar, per-frame losses (B, F), their times (B, F))."""
     B, F = batch.x0.shape[:2]
     draws = batch.draws
-    # 1) one noise level for all frames of a clip, denser where it is noisy
+    # 1) one noise level for all frames of a clip; high noise is drawn more often
     t = shift_time(draws.t[:, :1], model.cfg.shift).expand(B, F).clone()
     # 2) in some clips frame 0 is given: its time is 0, it stays clean, and it carries no loss
     given = torch.zeros(B, F, dtype=torch.bool, device=t.device)
@@ -93,7 +93,7 @@ def loss_fn(model, cfg, batch):
     v = model(x_t, t, text, camera)
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))          # (B, F)
     loss = (error * ~given).sum(1) / (~given).sum(1)                       # (B,)
-    return loss.mean(), error, t.masked_fill(given, -1)
+    return loss.mean(), error, t.masked_fill(given, -1)                    # -1: the log leaves them out
 
 # -----------------------------------------------------------------------------
 # evaluate: held-out clips, frame 0 given

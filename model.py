@@ -6,7 +6,7 @@ One network, `DiT`, plays every role of the recipe. What it is depends only on w
     bidirectional    no mask                    stage 0 and the score networks of stage 3
     causal           causal_mask                each chunk of frames sees itself and all earlier ones
     teacher-forced   teacher_forcing_mask       stages 1 and 2: all chunks of a clip in one pass
-    cached           a KVCache                  stage 3 and streaming: `rollout`, chunk by chunk
+    cached           a KVCache                  `rollout`, chunk by chunk; the history of stage 2's teacher
 
 Conventions, used in every file:
 - Letters: B batch, F latent frames, C channels, H W latent height and width, L tokens a frame, S = F L
@@ -14,7 +14,8 @@ Conventions, used in every file:
 - Time t is in [0, 1], 0 clean, 1 noise, one per frame (B, F): x_t = (1 - t) x0 + t eps. The network
   predicts v = eps - x0, so x0 = x_t - t v. A frame with t = 0 is given. Wan's timestep is 1000 t.
 - A chunk is the frames denoised together. A clip is the chunks (1, c, c, ...), or (c, c, ...) as in minWM.
-- A mask is a (frames x frames) bool matrix, rows query, columns key. It is always passed, never guessed.
+- A mask is a (frames x frames) bool matrix, rows query, columns key, always passed, never guessed; None means
+  that every frame sees all.
 - Cameras: see camera.py. The network sees each pose twice: relative to frame 0 of its sequence, and as the
   move from the frame before.
 
@@ -104,7 +105,7 @@ def chunk_ids(frames, chunk, first_chunk=1):
     if frames < first_chunk or (frames - first_chunk) % chunk:
         raise BadInput(f'{frames} frames do not divide into a first chunk of {first_chunk} and chunks of '
                        f'{chunk}: use {first_chunk} + n * {chunk} frames')
-    after_first = torch.arange(frames) - first_chunk
+    after_first = torch.arange(frames) - first_chunk               # negative in the first chunk
     return (1 + after_first // chunk).clamp(min=0)
 
 
@@ -127,7 +128,8 @@ def teacher_forcing_mask(ids):
       n2   x  x  .  .  .  x
     """
     query, key = ids[:, None], ids[None, :]
-    clean = torch.cat([query >= key, torch.zeros_like(query == key)], 1)
+    nothing = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    clean = torch.cat([query >= key, nothing], 1)
     noisy = torch.cat([query > key, query == key], 1)
     return torch.cat([clean, noisy])
 
@@ -271,8 +273,8 @@ class KVCache:
         device_type = torch.device(device).type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        slots = cfg.num_layers                     # PRoPE's attention must not share those of the first
-        if 'prope' in cfg.camera:
+        slots = cfg.num_layers
+        if 'prope' in cfg.camera:                  # its attention must not share the slots of the first one
             slots *= 2
         shape = slots, B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -662,7 +664,7 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
     h = int((ids < ids[-1]).sum())                                    # frames of history
     if t_history is None:
         t_history = torch.zeros_like(t)
-    both = [*range(h), *range(F, 2 * F)]                              # what remains of the mask
+    both = [*range(h), *range(F, 2 * F)]                              # the last history chunk is left out
     return net(
         torch.cat([batch.x0[:, :h], x_t], 1),                         # (B, h + F, C, H, W)
         torch.cat([t_history[:, :h], t], 1),                          # (B, h + F)
@@ -767,7 +769,8 @@ class Walk:
         return v
 
     def remember(self, x, camera, embedded, level, context):
-        """Put a finished chunk, at noise `level`, into the window; make room where one more would not fit."""
+        """Put a finished chunk into the window, to be cached at noise `level`; make room if another one would
+        not fit. context: the level of generated frames, for `rebase`."""
         cfg, n = self.cfg, x.shape[1]
         self.history.append((x, camera))
         self.last_pose = camera.c2w[:, -1:]
@@ -792,8 +795,8 @@ class Walk:
         return self.cache.end + n + self.cfg.chunk <= self.window
 
     def rebase(self, keep, context):
-        """Restart the window: encode its newest `keep` frames again in one pass, the first as the origin.
-        This is exactly what training saw; nothing in the cache is stale."""
+        """Restart the window: encode its newest `keep` frames again in one pass, the first as the origin, all
+        at noise level `context`. Training saw such sequences, and nothing in the cache is stale."""
         chunks, cameras = zip(*self.history)
         x = torch.cat(chunks, 1)[:, -keep:]
         camera = Camera.cat(cameras).frames(slice(-keep, None))
@@ -811,7 +814,8 @@ class Walk:
 def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, window=64, renoise=False,
             exit_step=None, first_times=None, context=0.0, over='camera', jump=None):
     """Generate a video chunk by chunk with a KV cache: yield clean chunks (B, n, C, H, W) for each camera.
-    A chunk costs len(times) - 1 calls: it is written to the cache by the first call of the next chunk.
+    A chunk costs len(times) - 1 calls: the first call of the next chunk also writes it to the cache. (With
+    gradient, or when the window restarts, it is a separate call.)
 
     cameras      iterator of Camera, one per chunk, poses in any world frame; asked only when a chunk is due
     text         (B, text_len, text_dim)
@@ -847,14 +851,14 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
             t, t_next = plan[i:i + 2].tolist()
             last = i == calls - 1
             grad = last and exit_step is not None and torch.is_grad_enabled()
+            # the call with gradient embeds the camera again, so that these weights learn too
             v = walk.velocity(x, t, placed if grad else embedded, grad)
-            if last and (renoise or exit_step is not None):           # predict x0
-                x = x - t * v
-            elif renoise:                                             # predict x0, add fresh noise
-                x = x - t * v
-                x = (1 - t_next) * x + t_next * noise(x.shape[1])
-            else:                                                     # Euler
+            if not renoise and not (last and exit_step is not None):  # Euler
                 x = x + (t_next - t) * v
+                continue
+            x = x - t * v                                             # predict x0
+            if not last:                                              # add fresh noise
+                x = (1 - t_next) * x + t_next * noise(x.shape[1])
         yield x
         walk.remember(x.detach(), camera, embedded, 0.0 if given else context, context)
 

@@ -86,12 +86,13 @@ def loss_fn(model, cfg, batch, history=None):
     keep_text = draws.drop_text >= cfg.drop_text
     text = batch.text * keep_text.float()[:, None, None]
     camera = replace(batch.camera, on=draws.drop_camera >= cfg.drop_camera)
-    # 3) the history is a little noisy, and says so by its time: that of a rollout is not perfect either
+    # 3) the history is a little noisy and its times say so, since at inference the history has errors too.
+    #    (The same eps is no leak: no chunk sees its own history)
     t_history = cfg.context_noise * draws.t_history[:, ids]
     history = batch.x0 if history is None else history
     past = replace(batch, x0=add_noise(history, batch.eps, t_history), text=text, camera=camera)
     # 4) the history and the noisy video in one sequence: same positions, same cameras.
-    #    The mask (model.py draws it) lets noisy chunk i see history chunks < i and itself
+    #    The mask (a diagram is in model.py) lets noisy chunk i see history chunks < i and itself
     v = teacher_forced(model, model.cfg, past, x_t, t, t_history)
     # 5) the loss is on all noisy frames, frame 0 included: it must be generated from the prompt alone
     error = (v - (batch.eps - batch.x0)).square().mean((2, 3, 4))          # (B, F)

@@ -5,7 +5,7 @@ How good are these checkpoints, in how many steps? One table of many: mean over 
 
 Prints a row for each checkpoint and number of steps. Where the steps end in p, the poses at which the
 generated frames were taken are found as well, for the first seed (rot deg, trans m: means over the frames).
-TIME
+A row takes some minutes, one with p several more.
 """
 import sys
 

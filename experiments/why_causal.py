@@ -11,7 +11,7 @@ function of what the student sees.
 1. In closed form. A video of two frames, one number each, from a mixture of two Gaussians at (-1, -1) and
 (1, 1). The scores of all its noised versions are known, so the ODEs of both teachers are exact up to the
 integrator's step. Prints, at four times t, the error that remains, E Var(Y | X), and how much energy the
-mean keeps, E|Y^|^2 / E|Y|^2, where Y is the end point and X what the student sees. Half a minute:
+mean keeps, E|Y^|^2 / E|Y|^2, where Y is the end point and X what the student sees. Ten seconds:
 
     python -m experiments.why_causal
 
@@ -24,6 +24,7 @@ the second:
 """
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -138,17 +139,18 @@ def whole_clip_states(teacher, batch, times, at):
 
 
 def whole_clip_loss(net, cfg, batch):
-    """As distill_ode.ode_loss, after the bidirectional teacher: the student sees the noisy past of the same
-    trajectory, since its own ODE is that of all frames together. Frame 0 is given, without loss."""
+    """As distill_ode.ode_loss, for states of the bidirectional teacher. All frames of a state are at one
+    time: the student of a frame sees the noisy past of the same trajectory. Frame 0 is given, has no loss."""
     B, F = batch.x0.shape[:2]
-    states, batch.camera.move, _ = batch.more
+    states, move = batch.more
+    camera = replace(batch.camera, move=move)
     times = schedule(cfg.student_steps, net.cfg.shift).to(states.device)
     s = (batch.draws.t[:, 0] * cfg.student_steps).long()           # (B,)
     x_t = states[range(B), s].float()
     t = times[s][:, None].repeat(1, F)
     t[:, 0] = 0
     mask = causal_mask(chunk_ids(F, net.cfg.chunk, net.cfg.first_chunk))
-    v = net(x_t, t, batch.text, batch.camera, mask=mask)
+    v = net(x_t, t, batch.text, camera, mask=mask)
     error = (v_to_x0(x_t, v, t) - states[:, -1]).square().mean((2, 3, 4))    # (B, F)
     return error[:, 1:].mean(), error, t
 
@@ -168,9 +170,8 @@ def make_pairs(cfg, clips, teacher, run):
             latents=batch.x0.half(),
             c2w=batch.camera.c2w,
             K=batch.camera.K[:, 0].contiguous(),
-            step=batch.camera.move,
+            move=batch.camera.move,
             states=states.half(),
-            level=torch.zeros(batch.x0.shape[:2]),                 # the history is clean
         )
         name = f'train_{start:06d}.safetensors'
         tensors = {key: x.cpu() for key, x in tensors.items()}
@@ -188,21 +189,20 @@ def train_on_bidirectional(cfg, checkpoint):
     student = distill_ode.start_model(cfg, run)
     teacher, _ = load_model(checkpoint, run.device)
     folder = make_pairs(cfg, clips, teacher, run)
-    pairs = Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'step', 'level'))
+    pairs = Clips(folder, keys=('latents', 'c2w', 'K', 'states', 'move'))
     ema = {name: x.clone() for name, x in student.state_dict().items()}
     distill_ode.train(cfg, 'ode-bidirectional', run, student, ema, whole_clip_loss, pairs, held_out)
 
 
 def train_student(teacher, folder, data, seed):
-    """Regress the student of folder/ar.safetensors on pairs of a teacher: the path of its checkpoint and
-    log."""
+    """Regress the student, folder/ar.safetensors, on pairs of a teacher. Returns its path without ending."""
     out = f'{folder}/causal-forcing-{seed}'
     cfg = distill_ode.Config(init=f'{folder}/ar.safetensors', data=data, out=out, seed=seed,
                              pairs=128, steps=200)
     if teacher == 'causal':
         distill_ode.main(cfg)
         return f'{cfg.out}/ode'
-    cfg.context_noise = cfg.context = 0.0                          # the history is clean here
+    cfg.context_noise = cfg.context = 0.0                          # its history is the noisy past
     train_on_bidirectional(cfg, f'{folder}/camera.safetensors')
     return f'{cfg.out}/ode-bidirectional'
 
@@ -238,7 +238,7 @@ def compare_teachers(folder, data):
             scores.append(measure(path))
         loss = f'{np.mean(losses):.4f} ± {np.std(losses):.4f}'
         for steps in STEPS:
-            rows = [score[steps] for score in scores]
+            rows = [by_steps[steps] for by_steps in scores]
             cells = [table.mean_and_spread(rows, key) for key in COLUMNS]
             print(f'| {teacher} | {loss} | {steps} | ' + ' | '.join(cells) + ' |', flush=True)
 

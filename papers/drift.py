@@ -22,7 +22,7 @@ from camera import Camera, moves, relative, starts_elsewhere
 from data import Batch, Draws, noise_for
 from model import rollout_clip, schedule
 
-TURNS = 16                        # batches of rollouts that take turns, so that a step meets many places
+TURNS = 16                        # batches of rollouts that take turns, so that training meets many places
 
 
 def windows(c2w, K, rows, frames, jump):
@@ -42,14 +42,14 @@ class Rollout:
     K: torch.Tensor               # (B, F, 4)
     text: torch.Tensor            # (B, text_len, text_dim)
     history: torch.Tensor         # (B, half, C, H, W) the newest frames, the model's own
-    age: torch.Tensor             # (B,) frame of the clip at which the history begins
+    start: torch.Tensor           # (B,) frame of the clip at which the history begins
 
 
 class Drift:
     """loss_fn, except that in a share cfg.drift of the steps the history is the model's own rollout, while
     the target is still the clip. Every turn continues a batch of rollouts by half a window; a rollout ends
     with its clip, or by chance. Clips are read with these `keys`: batch.more holds whole clips and poses."""
-    keys = ('latents', 'c2w', 'K', 'latents', 'c2w')
+    keys = ('latents', 'c2w', 'K', 'latents', 'c2w')                       # the second pair is not cropped
 
     def __init__(self, cfg, loss_fn):
         self.rng = np.random.default_rng([11, cfg.seed])
@@ -64,10 +64,10 @@ class Drift:
         half = half_window(cfg.frames, model.cfg)
         now = self.continue_or_begin(turn, batch, half)
         # 1) the window: the history, and as many frames on; with a sink its first frame is the clip's
-        frames = now.age[:, None] + torch.arange(cfg.frames, device=now.age.device)     # (B, F)
-        jump = torch.zeros_like(now.age, dtype=torch.bool)
+        frames = now.start[:, None] + torch.arange(cfg.frames, device=now.start.device)     # (B, F)
+        jump = torch.zeros_like(now.start, dtype=torch.bool)
         if model.cfg.sink:
-            jump = (now.age > 0) | starts_elsewhere(now.c2w)
+            jump = (now.start > 0) | starts_elsewhere(now.c2w)
         frames[jump, 0] = 0
         rows = torch.arange(len(frames), device=frames.device)
         # 2) generate it, conditioned on the history
@@ -84,7 +84,7 @@ class Drift:
         newest = video[:, -half:]
         if model.cfg.sink:
             newest = torch.cat([video[:, :1], newest[:, 1:]], 1)
-        self.rollouts[turn] = replace(now, history=newest, age=now.age + cfg.frames - half)
+        self.rollouts[turn] = replace(now, history=newest, start=now.start + cfg.frames - half)
         # 4) the model's own frames are the history, the clip's are the target
         camera = windows(now.c2w, now.K, rows, frames, jump)
         target = replace(batch, x0=now.clip[rows[:, None], frames], camera=camera, text=now.text)
@@ -93,11 +93,11 @@ class Drift:
     def continue_or_begin(self, turn, batch, half):
         """The rollouts of this turn; those that have ended begin again in the clips of this batch."""
         clip, c2w = batch.more
-        age = torch.zeros(len(clip), dtype=torch.long, device=clip.device)
+        start = torch.zeros(len(clip), dtype=torch.long, device=clip.device)
         clip = clip.float()
-        new = Rollout(clip, c2w, batch.camera.K, batch.text, clip[:, :half], age)
+        new = Rollout(clip, c2w, batch.camera.K, batch.text, clip[:, :half], start)
         old = self.rollouts.get(turn, new)
-        ended = old.age + batch.x0.shape[1] > clip.shape[1]                # (B,)
+        ended = old.start + batch.x0.shape[1] > clip.shape[1]                # (B,)
         ended |= batch.draws.restart < .05
         chosen = {}
         for name, fresh in vars(new).items():
