@@ -7,7 +7,7 @@ from model import chunk_ids, rollout, rollout_clip, schedule, teacher_forcing_ma
 from test_model import tiny_model
 
 
-def walk(model, frames, H, W, first_frame=None, window=64, guidance=1.0, calls=None, off=None, **kw):
+def roll_out(model, frames, H, W, first_frame=None, window=64, guidance=1.0, calls=None, off=None, **kw):
     """Roll out `frames` frames, camera and text on but for `off`; record every network call in `calls` as (x, t,
     cache.end, v)."""
     g = torch.Generator().manual_seed(1)
@@ -47,7 +47,7 @@ def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, 
     """With PRoPE too, whose keys have separate slots in the cache."""
     model, calls = tiny_model(chunk=chunk, first_chunk=first, camera=camera), []
     start = torch.randn(2, first, 16, H, W) if given else None
-    x0, camera, text = walk(model, frames, H, W, start, calls=calls)
+    x0, camera, text = roll_out(model, frames, H, W, start, calls=calls)
     assert x0.shape[1] == frames and (not given or torch.equal(x0[:, :first], start))
     camera = Camera(relative(camera.c2w), camera.K)
     denoising = [c for c in calls if c[1].max() > 0]
@@ -67,7 +67,7 @@ def test_cached_rollout_equals_one_teacher_forced_forward(chunk, first, frames, 
 def test_after_a_window_is_encoded_again_nothing_is_stale(chunk, window, frames):
     """Each denoising call equals a teacher-forced forward of the window it saw, its first frame the origin."""
     model, calls = tiny_model(chunk=chunk), []
-    x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
+    x0, camera, text = roll_out(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls)
     assert torch.isfinite(x0).all()
     encoded = [i for i, c in enumerate(calls) if c[1].max() == 0 and c[2] == 0 and i > 0]
     assert len(encoded) >= 2 and max(c[2] + c[0].shape[1] for c in calls) <= window
@@ -76,7 +76,7 @@ def test_after_a_window_is_encoded_again_nothing_is_stale(chunk, window, frames)
         if t.max() == 0:
             done += chunk if i in encoded else x.shape[1]
             continue
-        seen, n = slice(done - end, done + x.shape[1]), x.shape[1]                 # the window, in the whole walk
+        seen, n = slice(done - end, done + x.shape[1]), x.shape[1]                 # the window, in the whole rollout
         c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen])
         clean, times = x0[:, seen], torch.cat([torch.zeros(2, end), t], 1)
         ids = torch.cat([torch.arange(1), 1 + torch.arange(end - 1) // chunk, torch.full((n,), 10 ** 6)])
@@ -92,10 +92,10 @@ def test_after_a_window_is_encoded_again_nothing_is_stale(chunk, window, frames)
 def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, frames, camera, sink):
     """Where nothing in the cache knows an origin that moves, whole chunks are evicted, oldest first, and the others
     stay as they are. A sink stays, right before the oldest of them: the forward pass has a copy of it for every place
-    that it takes. The second chunk of one of two walks begins elsewhere: only that one move is none.
+    that it takes. The second chunk of one of two rollouts begins elsewhere: only that one move is none.
     A chunk's clean pass goes along with the next one's first step, when room for that one has been made."""
     model, calls, jump = tiny_model(chunk=chunk, camera=camera, sink=sink), [], torch.tensor([True, False])
-    x0, camera, text = walk(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls, jump=jump)
+    x0, camera, text = roll_out(model, frames, 4, 4, torch.randn(2, 1, 16, 4, 4), window, calls=calls, jump=jump)
     ids = chunk_ids(frames, chunk)
     ends = [int((ids <= i).sum()) for i in range(int(ids.max()) + 2)]                # one past a chunk's last frame
     ends[-1] = frames + chunk                                                        # of a chunk that never comes
@@ -128,17 +128,17 @@ def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, 
 
 def test_a_long_walk_never_leaves_the_window():
     model = tiny_model()
-    x0, _, _ = walk(model, 37, 2, 2, torch.randn(2, 1, 16, 2, 2), window=5)
+    x0, _, _ = roll_out(model, 37, 2, 2, torch.randn(2, 1, 16, 2, 2), window=5)
     assert x0.shape[1] == 37 and torch.isfinite(x0).all()
-    torch.testing.assert_close(x0[:, :5], walk(model, 37, 2, 2, x0[:, :1], window=40)[0][:, :5], rtol=0, atol=1e-5)
+    torch.testing.assert_close(x0[:, :5], roll_out(model, 37, 2, 2, x0[:, :1], window=40)[0][:, :5], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('camera', ['plucker', 'prope'])
 def test_a_window_of_one_chunk_gives_that_chunk_and_no_second(camera):
     model, first = tiny_model(camera=camera), torch.randn(2, 1, 16, 4, 4)
-    assert walk(model, 1, 4, 4, first, window=1)[0].equal(first)
+    assert roll_out(model, 1, 4, 4, first, window=1)[0].equal(first)
     with pytest.raises(BadInput, match='a window of 1 frames is too small: use at least 2'):
-        walk(model, 2, 4, 4, first, window=1)
+        roll_out(model, 2, 4, 4, first, window=1)
 
 
 def test_a_sink_within_a_longer_first_chunk(monkeypatch):
@@ -158,7 +158,7 @@ def test_a_sink_within_a_longer_first_chunk(monkeypatch):
 
 def test_generated_history_is_noised_and_says_so():
     model, calls = tiny_model(), []
-    x0, _, _ = walk(model, 9, 4, 4, torch.randn(2, 1, 16, 4, 4), window=5, calls=calls, context=.25)
+    x0, _, _ = roll_out(model, 9, 4, 4, torch.randn(2, 1, 16, 4, 4), window=5, calls=calls, context=.25)
     clean = [(x, t, end) for x, t, end, _ in calls if t.max() in (0, .25)]
     assert clean[0][1].max() == 0 and torch.equal(clean[0][0], x0[:, :1])            # the given frame is what it is
     assert len(clean) == 9 and all((t == .25).all() for _, t, _ in clean[1:])
@@ -170,13 +170,13 @@ def test_generated_history_is_noised_and_says_so():
 def test_guidance_is_the_standard_combination(over):
     model, calls = tiny_model(), []
     first = torch.randn(2, 1, 16, 4, 4)
-    one, null = walk(model, 2, 4, 4, first)[0], walk(model, 2, 4, 4, first, guidance=0.0, over=over)[0]
-    three = walk(model, 2, 4, 4, first, guidance=3.0, calls=calls, over=over)[0]
+    one, null = roll_out(model, 2, 4, 4, first)[0], roll_out(model, 2, 4, 4, first, guidance=0.0, over=over)[0]
+    three = roll_out(model, 2, 4, 4, first, guidance=3.0, calls=calls, over=over)[0]
     x, t, _, v = calls[1]                                     # the first denoising call, both branches in one batch
     assert x.shape[0] == 4 and torch.equal(x[:2], x[2:])
     torch.testing.assert_close(calls[2][0][:2], x[:2] + (schedule(3, 2.0)[1] - 1) * (v[2:] + 3 * (v[:2] - v[2:])))
     assert not torch.allclose(one, null, atol=1e-3) and not torch.allclose(one, three, atol=1e-3)
-    torch.testing.assert_close(null, walk(model, 2, 4, 4, first, off=over)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(null, roll_out(model, 2, 4, 4, first, off=over)[0], rtol=0, atol=1e-5)
 
 
 def test_cameras_are_asked_for_only_when_due():
@@ -186,7 +186,7 @@ def test_cameras_are_asked_for_only_when_due():
         for i in range(4):
             asked.append(i)
             yield Camera(torch.eye(4).expand(1, 1, 4, 4), intrinsics(90, 1).expand(1, 1, 4))
-    walk = rollout(model, cameras(), torch.zeros(1, 4, 8), schedule(2, 2.0), lambda n: torch.zeros(1, n, 16, 2, 2))
+    chunks = rollout(model, cameras(), torch.zeros(1, 4, 8), schedule(2, 2.0), lambda n: torch.zeros(1, n, 16, 2, 2))
     for i in range(4):
-        next(walk)
+        next(chunks)
         assert asked == list(range(i + 1)) and torch.is_grad_enabled()

@@ -134,7 +134,7 @@ def test_the_student_of_the_bidirectional_teacher_is_given_frame_0_without_loss(
     states = MEAN * (1 - times) + (data.eps[:, None]) * ((1 - times) ** 2 * STD ** 2 + times ** 2).sqrt()
     states = torch.cat([states, ends[:, None]], 1)
     states[:, :, 0] = data.x0[:, None, 0]
-    data = dataclasses.replace(data, more=(states, data.camera.move, torch.zeros(B, F)))
+    data = dataclasses.replace(data, more=(states, data.camera.move))
     loss, error, t = why_causal.whole_clip_loss(student, cfg, data)
     assert loss < 1e-10 and error.shape == (B, F) and (t[:, 0] == 0).all() and (t[:, 1:] > 0).all()
     states[:, -1, 0] += 9                                      # whatever frame 0 is, it carries no loss
@@ -372,7 +372,7 @@ def test_three_networks_share_nothing_and_only_the_right_one_learns(nets, condit
 
 
 def test_a_longer_walk_goes_there_and_back_and_only_its_window_learns(nets):
-    """--before: the scores see the last frames of a walk that runs to the end of the clip's path, and back."""
+    """--before: the scores see the last frames of a rollout that runs to the end of the clip's path, and back."""
     nets, cfg = nets
     assert distill_dmd.there_and_back(5, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
     assert distill_dmd.there_and_back(5, 5).tolist() == [0, 1, 2, 3, 4]

@@ -73,7 +73,7 @@ def test_chain_leaves_checkpoints_logs_and_strips(chain):
 
 
 def test_a_student_of_the_bidirectional_teacher_for_comparison(data, chain, tmp_path):
-    """As experiments/why_causal.py makes it: by the loop of stage 2, on pairs and a loss of its own."""
+    """As experiments/why_causal.py makes it: by the loop of stage 2, with other pairs and another loss."""
     from distill_ode import Config
     from experiments.why_causal import train_on_bidirectional
     cfg = Config(init=f'{chain}/ar.safetensors', data=data, out=str(tmp_path), frames=5, steps=4, batch=4, log_every=1,
