@@ -127,9 +127,11 @@ def moves(c2w, before=None, jump=None):
 
 def starts_elsewhere(c2w):
     """Which paths (B, F, 4, 4) have a first frame far from all others: (B,) bool, where the first move is
-    longer than 1 m + 3 times any other. Clips of `data.py --door` may jump like that from the door."""
+    longer than 1 m + 3 times any other. Clips of `data.py --door` may jump like that from the door. Of fewer
+    than three frames nothing can be said: False."""
     distance = c2w[..., :3, 3].diff(dim=1).norm(dim=2)             # (B, F - 1) metres
-    return (distance[:, :1] > 1 + 3 * distance[:, 1:]).all(1)
+    longer = distance[:, :1] > 1 + 3 * distance[:, 1:]             # (B, F - 2)
+    return longer.all(1) & (longer.shape[1] > 0)
 
 
 def pose_error(a, b):

@@ -10,7 +10,9 @@ import os
 import pathlib
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,33 @@ from model import DiT, ModelConfig, flash_attn_func
 # -----------------------------------------------------------------------------
 # the command line of every script
 
-AT_LEAST = dict(batch=1, accum=1, log_every=1, save_every=1, eval_every=1, eval_clips=1, paths=1, steps=0,
-                seed=0, clip=0, fps=0)
+AT_LEAST_1 = ('batch accum log_every save_every eval_every eval_clips sample_steps paths pairs pair_batch '
+              'critic student_steps teacher_steps').split()
+SHARES = 'p_first drop_text drop_camera drift context context_noise decay ema beta1 beta2'.split()
+POSITIVE = 'lr critic_lr clip'.split()     # where they are floats: stream.py's --clip is the number of a clip
+
+
+def check_limits(cfg):
+    """Raise BadInput if a number on the command line cannot be meant. Defaults may be beyond a limit."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        has_limits = f.type in (int, float) and f.name != 'pose_scale'     # its -1 has a meaning
+        if value == f.default or not has_limits:
+            continue
+        least, most = 0, math.inf
+        if f.name in AT_LEAST_1:
+            least = 1
+        elif f.name == 'frames' and hasattr(cfg, 'batch'):
+            least = 2
+        elif f.name == 'seed':
+            most = 2 ** 32
+        elif f.name in SHARES:
+            most = 1
+        elif f.name in POSITIVE and f.type is float:
+            least = 1e-30
+        if not (least <= value <= most and math.isfinite(value)):
+            allowed = f'at least {least:g}' if most == math.inf else f'from {least:g} to {most:g}'
+            raise BadInput(f'--{f.name} {value}: {allowed}')
 
 
 def true_or_false(text):
@@ -44,12 +71,8 @@ def command_line(main, Config, doc):
         kind = true_or_false if f.type is bool else f.type
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
     cfg = Config(**vars(parser.parse_args()))
-    least_frames = 2 if hasattr(cfg, 'batch') else 0
     try:
-        for name, least in dict(AT_LEAST, frames=least_frames).items():
-            value = getattr(cfg, name, least)
-            if value < least:
-                raise BadInput(f'--{name} {value}: at least {least}')
+        check_limits(cfg)
         main(cfg)
     except (BadInput, OSError, OverflowError) as e:
         sys.exit(f'error: {e}')
@@ -57,10 +80,22 @@ def command_line(main, Config, doc):
 # -----------------------------------------------------------------------------
 # one process of a run
 
+def cpu_cores():
+    """How many processor cores this process may use."""
+    if hasattr(os, 'sched_getaffinity'):                       # Linux: containers and taskset allow fewer
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+LONGEST_WAIT = timedelta(hours=2)      # for other processes: the first renders clips and evaluates alone
+
+
 def pick_device(device='auto', dtype='auto', local_rank=0):
     """(device, compute dtype). auto: cuda, else cpu; bfloat16 where the hardware multiplies it natively."""
     devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
     device = devices[-1] if device == 'auto' else device
+    if device == 'mps':
+        raise BadInput('--device mps: it has no float64, which poses and times need: use cpu')
     if device not in devices or dtype not in ('auto', 'float32', 'bfloat16'):
         raise BadInput(f'--device {device} --dtype {dtype}: choose auto, cpu, or cuda where there is one; '
                        'auto, float32 or bfloat16')
@@ -107,7 +142,7 @@ def setup(cfg):
     rank, world = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
     device, dtype = pick_device(cfg.device, cfg.dtype, int(env.get('LOCAL_RANK', 0)))
     if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=LONGEST_WAIT)
     micro = cfg.batch // (world * cfg.accum)
     if micro * world * cfg.accum != cfg.batch:
         raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
@@ -266,8 +301,22 @@ def save_tensors(path, tensors, meta):
     """Write tensors and a JSON header to a temporary name, then rename: a crash leaves the old file."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     tmp = f'{path}.tmp{os.getpid()}'
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {'meta': json.dumps(meta)})
-    os.replace(tmp, path)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {'meta': json.dumps(meta)})
+        os.chmod(tmp, permissions(0o666))
+        os.replace(tmp, path)
+    except (SafetensorError, OSError) as e:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise BadInput(f'{path}: cannot be written ({e}): make room, or name another folder, and run it '
+                       'again') from None
+
+
+def permissions(most):
+    """What the user's umask leaves of these permissions, for files that libraries make private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return most & ~mask
 
 
 def write_json(path, value):
@@ -341,11 +390,28 @@ def load_model(path, device='cpu', dtype=torch.float32):
     return model.requires_grad_(), {'stage': 'wan', 'step': 0, 'frames': 21} | header
 
 
-def fixed_settings(cfg):
-    """The settings that a resumed run must share with the run before."""
+def fixed_settings(cfg, clips):
+    """What a resumed run must share with the run before: its settings, what is in the checkpoints that it
+    starts from, and the recipe of its clips. Where they lie does not matter."""
     free = ('device', 'accum', 'shard', 'offload', 'checkpoint', 'compile', 'log_every', 'save_every',
-            'eval_every')
-    return {name: value for name, value in asdict(cfg).items() if name not in free}
+            'eval_every', 'out', 'data')
+    settings = {name: value for name, value in asdict(cfg).items() if name not in free}
+    for name in settings.keys() & {'init', 'score'}:
+        path = find_checkpoint(settings[name], getattr(type(cfg), name))
+        settings[name] = None if path is None else checksum(path)
+    return settings | {'clips': clips.manifest['recipe']}
+
+
+def checksum(path):
+    """The CRC-32 of a file, or of all files of a folder, by name."""
+    folder = pathlib.Path(path)
+    crc = 0
+    for file in sorted(folder.rglob('*')) if folder.is_dir() else [folder]:
+        if file.is_file():
+            with open(file, 'rb') as f:
+                while block := f.read(2 ** 24):
+                    crc = zlib.crc32(block, crc)
+    return crc
 
 
 def named_weights(model, ema):
@@ -354,26 +420,28 @@ def named_weights(model, ema):
     return weights | {f'ema.{name}': x for name, x in ema.items()}
 
 
-def save_resume(path, model, ema, optimizers, step, cfg):
-    """All that an exact continuation needs, in one file: raw weights, EMA, optimizer state, step, settings.
-    All processes call it, the first writes; it may be resumed by another number of them."""
+def save_resume(path, model, ema, optimizers, step, settings):
+    """All that an exact continuation needs, in one file: raw weights, EMA, optimizer state, step, settings
+    (fixed_settings). All processes call it, the first writes; it may be resumed by another number of them."""
     tensors = named_weights(model, ema)
     for i, optimizer in enumerate(optimizers):
         for number, state in optimizer.state_dict()['state'].items():
             tensors |= {f'opt{i}.{number}.{name}': x for name, x in state.items()}
     tensors = {name: whole(x) for name, x in tensors.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_tensors(path, tensors, {'step': step, 'config': fixed_settings(cfg)})
+        save_tensors(path, tensors, {'step': step, 'config': settings})
 
 
-def load_resume(path, model, ema, optimizers, cfg, run):
+def load_resume(path, model, ema, optimizers, settings, run):
     """Restore in place what save_resume wrote; returns the step to go on from, 0 if there is no such file.
     Raises BadInput if it was made with other settings."""
     if not os.path.exists(path):
         return 0
     tensors, meta = load_tensors(path)
     old = meta['config']
-    changed = [f'{k} {old.get(k)}, not {v}' for k, v in fixed_settings(cfg).items() if old.get(k) != v]
+    said = {'init': 'another --init', 'score': 'another --score', 'clips': 'other clips'}
+    changed = [said.get(name, f'{name} {old.get(name)}, not {value}')
+               for name, value in settings.items() if old.get(name) != value]
     weights = named_weights(model, ema)
     for name, x in weights.items():
         if name not in tensors or tensors[name].shape != x.shape:
@@ -407,14 +475,16 @@ class Log:
         path = path if run.rank == 0 else os.devnull
         lines = []
         if start and os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f if line.endswith('\n')]     # the last may have been cut off
+            lines = pathlib.Path(path).read_text(errors='replace').splitlines()
         self.file = open(path, 'w', buffering=1)                       # a line at a time
         for line in lines:
-            entry = json.loads(line)
-            evaluated_again = entry['step'] == again and 'lr' not in entry
-            if entry['step'] <= start and not evaluated_again:
-                self.file.write(line)
+            try:
+                entry = json.loads(line)
+                step, evaluation = entry['step'], 'lr' not in entry
+            except (ValueError, KeyError, TypeError):                  # cut off when the run was killed
+                continue
+            if step <= start and not (evaluation and step == again):
+                self.file.write(line + '\n')
 
     def write(self, text, **entry):
         if self.run.rank == 0:

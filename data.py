@@ -25,6 +25,7 @@ split, 0 to train on and 1 held out. lowpoly_clips is one, others are in worlds/
 
 World frame: OpenCV axes as in camera.py, the floor at y = 0, the camera 1 m above it.
 """
+import copy
 import functools
 import json
 import math
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 from camera import (BadInput, Camera, intrinsics, moves, random_path, rays, relative,
                     starts_elsewhere)
-from common import command_line, save_tensors, write_json
+from common import command_line, cpu_cores, permissions, save_tensors, write_json
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Config:
     out: str = ''                 # folder; empty: data/<world>
     plans: int = 500              # lowpoly: 1, or many; with many the val clips are of plans never trained on
     clips: int = 1600             # training clips
-    val_clips: int = 64           # held-out clips
+    val_clips: int = 128          # held-out clips; stage 3 chooses by one half and reports the other
     frames: int = 17              # frames per clip; training takes random windows of it
     door: bool = False            # lowpoly: all paths of a plan begin at one place; use with --sink
     height: int = 64
@@ -432,7 +433,7 @@ def make(cfg):
         raise BadInput(f'{out}: cannot be written ({e.strerror}): give another --out') from None
     with folder as path:
         render(cfg, recipe, path)
-        os.chmod(path, 0o755)
+        os.chmod(path, permissions(0o777))
         os.replace(path, out)
     print(f'{cfg.clips} + {cfg.val_clips} clips of {cfg.frames} frames in {out}; look at {out}/sheet.png')
     return out
@@ -445,7 +446,7 @@ def render(cfg, recipe, folder):
     for split, n in enumerate((cfg.clips, cfg.val_clips)):
         jobs += [(cfg, folder, split, range(n)[a:a + size]) for a in range(0, n, size)]
     method = 'spawn' if torch.cuda.is_initialized() else None  # a fork of a process with CUDA cannot use it
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(method)) as pool:
+    with ProcessPoolExecutor(cpu_cores(), multiprocessing.get_context(method)) as pool:
         run = map if cfg.wan else pool.map                    # Wan's networks are large: one process
         shards = list(tqdm(run(make_shard, jobs), total=len(jobs), desc=cfg.world, unit='shard'))
     write_json(f'{folder}/manifest.json', {
@@ -523,6 +524,12 @@ class Clips:
 
     def __len__(self):
         return len(self.rows)
+
+    def part(self, start, end):
+        """The same, of the clips start .. end alone."""
+        part = copy.copy(self)
+        part.rows, part.captions = self.rows[start:end], self.captions[start:end]
+        return part
 
     def read(self, i, keys=None):
         """A list of the tensors of clip i."""
@@ -657,10 +664,10 @@ def batches(starts, clips, count, frames, cfg, seed, device):
         yield to_device(batch, device)
 
 
-def noise_for(seeds, shape, device):
+def noise_for(seeds, shape, device, stream=9):
     """The function n -> noise (B, n, *shape) that `rollout` asks for. Sample b's numbers depend on seeds[b]
-    alone."""
-    generators = [np.random.default_rng([9, *np.atleast_1d(seed)]) for seed in seeds]
+    alone. Evaluations and walks draw from stream 9, training from 13."""
+    generators = [np.random.default_rng([stream, *np.atleast_1d(seed)]) for seed in seeds]
 
     def noise(n):
         draws = [r.standard_normal((n, *shape), dtype=np.float32) for r in generators]

@@ -32,9 +32,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from camera import BadInput, Camera, moves, relative, starts_elsewhere
-from common import (Log, clip_gradients, command_line, describe, find_checkpoint, gate, learning_rate,
-                    load_model, load_resume, load_tensors, save_model, save_resume, score, setup, shard,
-                    update_ema)
+from common import (Log, clip_gradients, command_line, describe, find_checkpoint, fixed_settings, gate,
+                    learning_rate, load_model, load_resume, load_tensors, save_model, save_resume, score,
+                    setup, shard, update_ema)
 from data import Batch, get_batch, noise_for, open_clips, path_metrics, psnr, write_strip
 from model import (add_noise, chunk_ids, null_condition, rollout, rollout_clip, sample_clip, schedule,
                    shift_time, v_to_x0)
@@ -83,10 +83,15 @@ class Config:
 # -----------------------------------------------------------------------------
 # the lesson: distribution matching on self-rollouts (DMD: Yin et al. 2024, eq. 7; Self Forcing, algorithm 1)
 
-def there_and_back(n, length):
-    """Frame indices (length,) that go through n frames to the end, back to the start, and so on."""
+def there_and_back(c2w, length):
+    """Frame indices (length,) that go through the frames of paths c2w (B, F, 4, 4) to the end, back to the
+    start, and so on. If a path starts elsewhere (a clip with a door), none comes back to frame 0."""
+    n = c2w.shape[1]
     i = torch.arange(length) % max(1, 2 * n - 2)
-    return torch.minimum(i, 2 * n - 2 - i)
+    path = torch.minimum(i, 2 * n - 2 - i)
+    if starts_elsewhere(c2w).any():
+        path[1:] = path[1:].clamp(min=1)
+    return path
 
 
 @dataclass
@@ -133,7 +138,7 @@ def self_rollout(model, cfg, batch, index):
     if hasattr(model, 'unshard'):                                          # FSDP: for embed_camera
         model.unshard()
     exit_step, given, before = plan_rollout(m, cfg, index)
-    path = there_and_back(batch.x0.shape[1], before + n)
+    path = there_and_back(batch.camera.c2w, before + n)
     kept, scored = scored_window(m, batch, path, before, n)
     sizes = torch.bincount(chunk_ids(before + n, m.chunk, m.first_chunk)).tolist()
     c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
@@ -142,7 +147,7 @@ def self_rollout(model, cfg, batch, index):
         map(Camera, c2w.split(sizes, 1), K.split(sizes, 1)),
         batch.text,
         schedule(cfg.student_steps, m.shift),
-        noise_for(index, batch.x0.shape[2:], batch.x0.device),
+        noise_for(index, batch.x0.shape[2:], batch.x0.device, stream=13),
         batch.x0[:, :given] if given else None,
         window=n,
         renoise=True,
@@ -152,9 +157,10 @@ def self_rollout(model, cfg, batch, index):
     )
     frames = []
     done = 0
-    for size in sizes:                                                     # a generator runs in the grad mode
-        with torch.set_grad_enabled(grad and done >= before):              # of whoever calls next()
-            frames.append(next(chunks))
+    for size in sizes:
+        scored_here = done >= before and not set(kept).isdisjoint(range(done, done + size))
+        with torch.set_grad_enabled(grad and scored_here):                 # a generator runs in the grad mode
+            frames.append(next(chunks))                                    # of whoever calls next()
         done += size
     if before > 0 and not m.sink:
         given = 0                                                          # it has left the window
@@ -254,13 +260,20 @@ def liveliness(video, truth):
     return {'sharpness': sharp.item(), 'motion': moving.item()}
 
 
-def picture_metrics(video, truth):
-    """fd, sharpness and motion of rollouts (n, F, H, W, 3) against the truth as decoded. `score` chooses the
-    checkpoint, lower is better: the Fréchet distance plus a penalty for blur and stillness."""
-    fd = frechet(video[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))
-    lively = liveliness(video, truth)
+def picture_metrics(video, truth, decoded):
+    """fd, sharpness and motion of rollouts against the truth along the same paths, (n, F, H, W, 3) each.
+
+    decoded is the truth, encoded and decoded: what a perfect model would show. Sharpness and motion are
+    relative to it, and fd_floor is its fd. `score` chooses the checkpoint, lower is better: the Fréchet
+    distance plus a penalty for blur and stillness.
+    """
+    def distance(pictures):
+        return frechet(pictures[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))
+
+    lively = liveliness(video, decoded)
     penalty = sum(abs(1 - x) for x in lively.values())
-    return {**lively, 'fd': fd, 'score': fd + .1 * penalty}
+    fd = distance(video)
+    return {**lively, 'fd': fd, 'fd_floor': distance(decoded), 'score': fd + .1 * penalty}
 
 # -----------------------------------------------------------------------------
 # evaluate: rollouts along held-out paths in a few steps. Before training: is the real score any better?
@@ -269,26 +282,34 @@ def picture_metrics(video, truth):
 def evaluate(model, cfg, clips, device, strip=None, before=None):
     """The metrics of held-out rollouts of `before` + cfg.frames frames; before=None: the most that training
     generates first."""
+    chunk = model.cfg.chunk
     if before is None:
-        before = cfg.before // model.cfg.chunk * model.cfg.chunk
+        before = cfg.before
     n = min(cfg.eval_clips, len(clips))
     batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, device, whole=before > 0)
-    path = there_and_back(batch.x0.shape[1], before + cfg.frames)
-    decode = clips.codec(device).decode
+    length = batch.x0.shape[1]
+    codec = clips.codec(device)
+    if codec.stride > 1:                       # a latent is several pictures, which do not run backwards
+        before = min(before, length - cfg.frames)
+    before = before // chunk * chunk
+    path = there_and_back(batch.camera.c2w, before + cfg.frames)
+    truth = clips.truth(n, length).to(device)                              # (n, pictures, H, W, 3)
+    truth = truth[:, path] if codec.stride == 1 else truth[:, :1 + path[-1] * codec.stride]
     c2w, K = batch.camera.c2w[:, path], batch.camera.K[:, path]
-    truth = decode(batch.x0[:, path])                                      # (n, F, H, W, 3)
     times = schedule(cfg.student_steps, model.cfg.shift)
 
     def generate(c2w):
         noise = noise_for([(cfg.seed, i) for i in range(n)], batch.x0.shape[2:], device)
-        return decode(rollout_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, times, noise, batch.x0[:, :1],
-                                   window=cfg.frames, renoise=True, context=cfg.context))
+        z = rollout_clip(model, c2w, K[:, :c2w.shape[1]], batch.text, times, noise, batch.x0[:, :1],
+                         window=cfg.frames, renoise=True, context=cfg.context)
+        return codec.decode(z)
 
     near = cfg.frames if cfg.frames > 7 else c2w.shape[1]                  # the wrong path stops early
     video = generate(c2w)
     wrong = generate(c2w.roll(-1, 0)[:, :near])
     pictures = wrong.shape[1]
-    metrics = path_metrics(video[:, :pictures], wrong, truth[:, :pictures]) | picture_metrics(video, truth)
+    metrics = path_metrics(video[:, :pictures], wrong, truth[:, :pictures])
+    metrics |= picture_metrics(video, truth, codec.decode(batch.x0[:, path]))
     metrics[f'psnr@{truth.shape[1] - 1}'] = psnr(video, truth).mean(0)[-1].item()
     if strip:
         write_strip(strip, truth[:6], video[:6], most=cfg.frames)
@@ -304,12 +325,13 @@ def gate_before(nets, cfg, clips, run):
     decode = clips.codec(run.device).decode
     times = schedule(16, model.cfg.shift)
     video = decode(sample_clip(model, batch.eps, batch.text, batch.camera, times, batch.x0[:, :1]))
-    real = picture_metrics(video, decode(batch.x0))
+    real = picture_metrics(video, clips.truth(n, cfg.frames).to(run.device), decode(batch.x0))
     student = evaluate(nets['generator'], cfg, clips, run.device, before=0)
     sharper = abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
     ok = real['fd'] < student['fd'] and sharper
-    run.say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: fd {real["fd"]:.3f}, sharpness '
-            f'{real["sharpness"]:.2f}; student: fd {student["fd"]:.3f}, sharpness {student["sharpness"]:.2f}')
+    said = [f'fd {x["fd"]:.3f}, sharpness {x["sharpness"]:.2f}' for x in (real, student)]
+    run.say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: {said[0]}; student: {said[1]}; '
+            f'the floor of fd is {real["fd_floor"]:.3f}')
     if not ok:
         run.say('  DMD pulls the student towards the real score: train the stage-0 model longer')
 
@@ -357,10 +379,11 @@ def micro_batches(update, model, cfg, run, clips):
     """This process's share of update number `update`: (batch, index) of each micro-batch, where index is
     (seed, update, sample) for each clip."""
     plain = replace(model.cfg, sink=False)                                 # self_rollout places the sink
+    from_door = model.cfg.sink and clips.manifest['recipe'].get('door', False)
     for i in range(cfg.accum):
         start = (run.rank * cfg.accum + i) * run.micro
         batch = get_batch(clips, update * cfg.batch + start, run.micro, cfg.frames, plain, cfg.seed,
-                          run.device, whole=cfg.before > 0)
+                          run.device, whole=cfg.before > 0 or from_door)   # a whole clip begins at its door
         yield batch, [(cfg.seed, update, j) for j in range(start, start + run.micro)]
 
 
@@ -376,10 +399,9 @@ def step_on(net, optimizer, cfg, run):
     return norm
 
 
-def update_both(step, nets, optimizers, ema, cfg, run, clips, values):
-    """One update of the generator, then cfg.critic of the fake score; what the log shows goes into values."""
+def update_generator(update, nets, optimizer, cfg, run, clips, values):
+    """One update of the generator. Returns its rollouts; what the log shows goes into values."""
     rollouts = []
-    update = step * (1 + cfg.critic)
     for batch, index in micro_batches(update, nets['generator'], cfg, run, clips):
         with run.autocast():
             loss, gap, out = generator_loss(nets, cfg, batch, index)
@@ -387,25 +409,41 @@ def update_both(step, nets, optimizers, ema, cfg, run, clips, values):
         rollouts.append(out)
         values['loss'].append(loss.item())
         values['gap'].append(gap.item())
-    norm = step_on(nets['generator'], optimizers['generator'], cfg, run)
+    norm = step_on(nets['generator'], optimizer, cfg, run)
     values['norm'].append(norm)
-    update_ema(ema, nets['generator'], cfg.ema, step)
+    return rollouts
 
-    for i in range(1, 1 + cfg.critic):
-        fresh = micro_batches(update + i, nets['generator'], cfg, run, clips)         # for noise and times
+
+def update_critic(update, nets, optimizer, cfg, run, clips, rollouts, values):
+    """cfg.critic updates of the fake score on the same rollouts, each with the noise and times of a batch of
+    its own."""
+    for i in range(cfg.critic):
+        fresh = micro_batches(update + i, nets['generator'], cfg, run, clips)
         for (batch, _), out in zip(fresh, rollouts):
             with run.autocast():
                 loss = critic_loss(nets, cfg, batch, out)
             (loss / cfg.accum).backward()
             values['critic'].append(loss.item())
-        norm = step_on(nets['fake'], optimizers['fake'], cfg, run)
+        norm = step_on(nets['fake'], optimizer, cfg, run)
         values['critic_norm'].append(norm)
 
+
+@torch.no_grad()
+def first_rollouts(update, nets, cfg, run, clips):
+    """Rollouts of the generator as it is, for the critic to begin with."""
+    rollouts = []
+    for batch, index in micro_batches(update, nets['generator'], cfg, run, clips):
+        with run.autocast():
+            rollouts.append(self_rollout(nets['generator'], cfg, batch, index))
+    return rollouts
+
+
+def liveliness_of(rollouts, clips, run):
+    """Sharpness and motion of these rollouts, for the log."""
     decode = clips.codec(run.device).decode
     video = decode(torch.cat([out.x for out in rollouts]))
     truth = decode(torch.cat([out.batch.x0 for out in rollouts]))
-    for name, value in liveliness(video, truth).items():
-        values[name].append(value)
+    return liveliness(video, truth)
 
 
 def means(values, run):
@@ -425,12 +463,16 @@ def best_score(path, start):
     if start == 0 or not os.path.exists(f'{path}.safetensors'):
         return math.inf
     _, header = load_tensors(f'{path}.safetensors')
-    return header['metrics']['score'] if header['step'] <= start else math.inf
+    chosen_by = header.get('choice', header['metrics'])
+    return chosen_by['score'] if header['step'] <= start else math.inf
 
 
 def train(cfg, run, nets, clips, held_out):
     path = f'{cfg.out}/dmd'
     model = nets['generator']
+    # the best checkpoint is chosen in one half of the held-out worlds, and its metrics are of the other half
+    half = (len(held_out) + 1) // 2
+    choice, report = held_out.part(len(held_out) - half, len(held_out)), held_out.part(0, half)
     lrs = {'generator': cfg.lr, 'fake': cfg.critic_lr}
     optimizers = {}
     for name, lr in lrs.items():
@@ -439,8 +481,9 @@ def train(cfg, run, nets, clips, held_out):
         optimizers[name] = torch.optim.AdamW(params, lr, (0., .999), weight_decay=.01, fused=True)
     trained = torch.nn.ModuleDict({name: nets[name] for name in lrs})
     ema = {name: x.clone() for name, x in model.state_dict().items()}
+    settings = fixed_settings(cfg, clips)
     resume = f'{path}.resume.safetensors', trained, ema, list(optimizers.values())
-    start = load_resume(*resume, cfg, run)
+    start = load_resume(*resume, settings, run)
     best = best_score(path, start)
     describe('dmd: 3 networks', model, cfg, run, clips)
     log = Log(f'{path}.jsonl', run, start)
@@ -451,16 +494,25 @@ def train(cfg, run, nets, clips, held_out):
         for name, lr in lrs.items():
             for group in optimizers[name].param_groups:
                 group['lr'] = learning_rate(step, cfg.steps, lr, cfg.warmup, cfg.decay)
-        update_both(step, nets, optimizers, ema, cfg, run, clips, values)
+        updates = (step + 1) * (1 + cfg.critic)                            # their numbers: a batch for each
+        if step == 0:                          # the critic goes first: while fake = real, nothing is to learn
+            rollouts = first_rollouts(0, nets, cfg, run, clips)
+            update_critic(1, nets, optimizers['fake'], cfg, run, clips, rollouts, values)
+        rollouts = update_generator(updates, nets, optimizers['generator'], cfg, run, clips, values)
+        update_ema(ema, model, cfg.ema, step)
+        update_critic(updates + 1, nets, optimizers['fake'], cfg, run, clips, rollouts, values)
+
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             ms = (time.time() - began) * 1e3 / len(values['norm'])
+            for name, value in liveliness_of(rollouts, clips, run).items():
+                values[name].append(value)
             line = dict(means(values, run), lr=optimizers['generator'].param_groups[0]['lr'], ms=ms)
             log.write(LINE.format(done, **line), step=done, **line, batch=cfg.batch)
             values.clear()
             began = time.time()
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            state, metrics = score(evaluate, cfg, 'dmd', run, model, ema, held_out, log, done)
+            state, metrics = score(evaluate, cfg, 'dmd', run, model, ema, choice, log, done)
             header = dict(stage='dmd', step=done, seed=cfg.seed, metrics=metrics, frames=cfg.frames,
                           context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))
             if run.rank == 0 and metrics['score'] < best:
@@ -469,14 +521,23 @@ def train(cfg, run, nets, clips, held_out):
             if run.rank == 0 and done == cfg.steps:
                 save_model(f'{path}.last.safetensors', state, model.cfg, **header)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_resume(*resume, done, cfg)
+            save_resume(*resume, done, settings)
 
     if run.rank == 0:
-        _, header = load_tensors(f'{path}.safetensors')
-        text = ', '.join(f'{name} {value:.3f}' for name, value in header['metrics'].items())
-        print(f'{path}.safetensors, step {header["step"]}: {text}')
-        print(gate('dmd', cfg.preset, header['metrics']))
+        report_best(path, cfg, run, report)
     run.end()
+
+
+def report_best(path, cfg, run, clips):
+    """Measure the best checkpoint in worlds that it was not chosen by, write that into its header, say it."""
+    model, header = load_model(f'{path}.safetensors', run.device)
+    if 'choice' not in header:
+        metrics = evaluate(model, cfg, clips, run.device, f'{path}.png')
+        header |= {'choice': header['metrics'], 'metrics': metrics}
+        save_model(f'{path}.safetensors', model.state_dict(), model.cfg, **header)
+    text = ', '.join(f'{name} {value:.3f}' for name, value in header['metrics'].items())
+    print(f'{path}.safetensors, step {header["step"]}: {text}')
+    print(gate('dmd', cfg.preset, header['metrics']))
 
 
 if __name__ == '__main__':

@@ -22,7 +22,6 @@ import math
 import os
 import sys
 import time
-import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,9 +29,10 @@ import torch
 from tqdm import tqdm
 
 from camera import BadInput, Camera
-from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, gate,
-                    learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume,
-                    save_tensors, score, setup, shard, sync_gradients, update_ema, write_json)
+from common import (Log, Meter, checksum, clip_gradients, command_line, describe, find_checkpoint,
+                    fixed_settings, gate, learning_rate, load_model, load_resume, make_optimizers,
+                    save_model, save_resume, save_tensors, score, setup, shard, sync_gradients, update_ema,
+                    write_json)
 from data import Clips, batches, get_batch, load_manifest, noise_for, open_clips, path_metrics, write_strip
 from model import (KVCache, add_noise, causal_mask, chunk_ids, null_condition, rollout_clip, schedule,
                    teacher_forced, teacher_forcing_mask, v_to_x0)
@@ -207,10 +207,8 @@ def begin_folder(cfg, clips, folder, shards, run):
     """Write the manifest of a folder of pairs. Raises BadInput if it holds pairs of other settings."""
     names = ('frames', 'student_steps', 'teacher_steps', 'guidance', 'over', 'pairs', 'pair_batch', 'drift',
              'context_noise', 'context', 'seed')
-    with open(cfg.init, 'rb') as f:
-        crc32 = zlib.crc32(f.read())
-    recipe = {'teacher': 'causal', **{name: getattr(cfg, name) for name in names}, 'checkpoint': cfg.init,
-              'crc32': crc32, 'data': clips.manifest['recipe']}
+    recipe = {'teacher': 'causal', **{name: getattr(cfg, name) for name in names},
+              'crc32': checksum(cfg.init), 'data': clips.manifest['recipe']}
     if os.path.exists(f'{folder}/manifest.json'):
         old = load_manifest(folder)['recipe']
         changed = ', '.join(name for name in recipe if recipe[name] != old.get(name))
@@ -332,9 +330,8 @@ def choose_objective(cfg, run, ema, clips):
 
 
 def main(cfg):
-    if cfg.method not in ('ode', 'cd') or min(cfg.teacher_steps, cfg.student_steps) < 1:
-        raise BadInput(f'--method {cfg.method}: choose ode or cd, with at least one --teacher_steps and '
-                       '--student_steps')
+    if cfg.method not in ('ode', 'cd'):
+        raise BadInput(f'--method {cfg.method}: choose ode or cd')
     init = find_checkpoint(cfg.init, Config.init)
     if init is None:
         raise BadInput(f'--init {cfg.init}: no such file: run train_ar.py first')
@@ -356,7 +353,8 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
     path = f'{cfg.out}/{stage}'
     model = getattr(net, 'module', net)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), run.dtype)
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, cfg, run)
+    settings = fixed_settings(cfg, clips)
+    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, settings, run)
     describe(stage, model, cfg, run, clips)
     log = Log(f'{path}.jsonl', run, start, again=cfg.steps)
     meter = Meter(run)
@@ -396,7 +394,7 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
         if done % cfg.eval_every == 0 and done < cfg.steps:
             score(evaluate, cfg, stage, run, model, ema, held_out, log, done)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, cfg)
+            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, settings)
 
     state, metrics = score(evaluate, cfg, stage, run, model, ema, held_out, log, cfg.steps)
     if run.rank == 0:

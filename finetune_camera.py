@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from camera import BadInput, Camera
-from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, gate,
-                    learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume, score,
-                    setup, shard, sync_gradients, update_ema)
+from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, fixed_settings,
+                    gate, learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume,
+                    score, setup, shard, sync_gradients, update_ema)
 from data import batches, get_batch, open_clips, path_metrics, write_strip
 from model import PRESETS, DiT, add_noise, sample_clip, schedule, shift_time
 
@@ -167,7 +167,8 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
     path = f'{cfg.out}/{stage}'
     model = getattr(net, 'module', net)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), run.dtype)
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, cfg, run)
+    settings = fixed_settings(cfg, clips)
+    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, settings, run)
     describe(stage, model, cfg, run, clips)
     log = Log(f'{path}.jsonl', run, start, again=cfg.steps)
     meter = Meter(run)
@@ -207,7 +208,7 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
         if done % cfg.eval_every == 0 and done < cfg.steps:
             score(evaluate, cfg, stage, run, model, ema, held_out, log, done)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, cfg)
+            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, settings)
 
     state, metrics = score(evaluate, cfg, stage, run, model, ema, held_out, log, cfg.steps)
     if run.rank == 0:

@@ -4,6 +4,7 @@
 #   bash run.sh play     walk through the shipped world in the browser
 #   bash run.sh test     the tests
 # PLANS=1 OUT=out1 bash run.sh: one plan to live in. PYTHON names another interpreter (3.10 or newer).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"       # sh run.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -35,7 +36,7 @@ recipe)
     python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
     python stream.py --ckpt "$OUT/dmd.safetensors" --clip 4 --keys "w*3,wl*3,l*2" --truth True --out "$OUT/walk.mp4" ; took walk
     if [ -e experiments/score.py ]; then                # two tables at a time, each on half of the cores
-        export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
+        export OMP_NUM_THREADS=$((($(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) + 1) / 2))
         python -m experiments.score --ckpt "$OUT/ar.safetensors" --out "$OUT/ar.json" > "$OUT/ar.txt" &
         python -m experiments.score --ckpt "$OUT/dmd.safetensors" --out "$OUT/dmd.json"
         wait $!

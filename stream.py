@@ -247,7 +247,11 @@ def read_path(cfg, header, model_cfg):
     c2w = relative(c2w[None])
     keys = [''] + keys                                    # frame 0 is the start
     rest = (len(keys) - model_cfg.first_chunk) % model_cfg.chunk
-    whole = len(keys) - rest                              # a last, partial chunk is left out
+    whole = len(keys) - rest
+    if rest:
+        left_out = ','.join(key or '-' for key in keys[whole:])
+        print(f'{whole} of {len(keys)} frames: the last {rest} do not fill a chunk of {model_cfg.chunk} and '
+              f'are left out (keys {left_out})')
     return c2w[:, :whole], keys[:whole]
 
 

@@ -8,7 +8,6 @@ floor_ratio says how many times longer a frame takes than its matrix products al
 are left out.
 """
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -73,6 +72,10 @@ def floor_seconds(flop, device, dtype):
 def peak_megabytes(device):
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource                                            # not on Windows
+    except ImportError:
+        return float('nan')
     unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10        # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -111,10 +114,10 @@ def bench(model, cfg, header, codec, device):
         chunk = frame // m.chunk
         return float(np.median(latency[max(1, chunk - 40):chunk + 40]))
 
-    # the chunk's own calls, and its share of the clean pass that the next chunk's first call includes
-    calls = (cfg.steps + 1 / m.chunk) * (1 if cfg.guidance == 1 else 2)
+    # a chunk passes through the network at every step and once more, clean: with the next chunk's first step
+    passes = (cfg.steps + 1) * (1 if cfg.guidance == 1 else 2)
     tokens = H * W // 64 // m.patch ** 2
-    flop = calls / m.chunk * flops(m, m.chunk, tokens, .75 * options['window'])
+    flop = passes / m.chunk * flops(m, m.chunk, tokens, .75 * options['window'])
     dtype = next(model.parameters()).dtype
     return dict(
         fps=1 / per_frame,

@@ -295,6 +295,17 @@ def picture_scores(video, wrong, ceiling, truth):
     )
 
 
+def other_worlds(world, c2w, H, W):
+    """Renders (n, F, H, W, 3) in the colours of n Lowpoly worlds, but each of the next one's plan and along
+    its path c2w (n, F, 4, 4): what a perfect text-to-world model might show."""
+    plans = world['plan'].roll(-1).tolist()
+    pictures = []
+    for plan, palette, path, K in zip(plans, world['palette'].tolist(), c2w.roll(-1, 0), world['K']):
+        views, _ = Lowpoly([plan], [palette]).render(path[None], K.expand(1, len(path), 4), H, W)
+        pictures.append(views)
+    return torch.cat(pictures)
+
+
 def visible_pixels(worlds, c2w, K, H, W):
     """visible_mask (n, F, H, W) of the paths c2w (n, F, 4, 4) through n Lowpoly worlds; K (n, 4)."""
     masks = []
@@ -366,6 +377,18 @@ def pose_scores(worlds, video, ceiling, truth, c2w, K, visible):
     )
 
 
+def distance_scores(fd_ceiling, truth, world, c2w, same_world):
+    """What the Fréchet distance compares, and its floor, below which no model can come: that of the truth
+    itself, encoded and decoded; or, for worlds made up from a caption, that of true renders of others."""
+    if same_world:
+        return dict(fd_floor=fd_ceiling, fd_compares='walks and renders along the same paths')
+    compares = dict(fd_floor=None, fd_compares='other worlds of the same captions, along other paths')
+    if 'palette' in world:
+        others = other_worlds(world, c2w, *truth.shape[2:4])
+        compares['fd_floor'] = frechet(others[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1))
+    return compares
+
+
 def score(model, cfg, header, codec, device, find_poses=True, strip=''):
     """The numbers of one checkpoint as a dict, its lists by frame. strip: a PNG to write."""
     recipe = header['data']['recipe']
@@ -391,6 +414,7 @@ def score(model, cfg, header, codec, device, find_poses=True, strip=''):
     video = follow(c2w)
     wrong = follow(c2w.roll(-1, 0))                       # each along the next clip's path
     scores = picture_scores(video, wrong, ceiling, truth)
+    scores |= distance_scores(scores['fd_ceiling'], truth, world, c2w, same_world=first is not None)
     if first is None:                                     # another world: only its kind can be compared
         scores = {k: v for k, v in scores.items() if not k.startswith(('psnr', 'drift'))}
     elif recipe['world'] == 'lowpoly' and codec.stride == 1:

@@ -31,9 +31,9 @@ def rollout_on_true_history(model, cfg, batch, index):
     """As distill_dmd.self_rollout, but all chunks at once, each conditioned on the true frames before it."""
     grad = torch.is_grad_enabled()
     exit_step, given, before = plan_rollout(model.cfg, cfg, index)
-    path = there_and_back(batch.x0.shape[1], before + cfg.frames)
+    path = there_and_back(batch.camera.c2w, before + cfg.frames)
     _, scored = scored_window(model.cfg, batch, path, before, cfg.frames)
-    noise = noise_for(index, batch.x0.shape[2:], batch.x0.device)
+    noise = noise_for(index, batch.x0.shape[2:], batch.x0.device, stream=13)
     times = schedule(cfg.student_steps, model.cfg.shift)
     x = noise(cfg.frames)
     for i in range(exit_step + 1):

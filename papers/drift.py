@@ -72,7 +72,7 @@ class Drift:
         rows = torch.arange(len(frames), device=frames.device)
         # 2) generate it, conditioned on the history
         seeds = [int(u * 2 ** 24) for u in batch.draws.noise_seed.tolist()]
-        noise = noise_for(seeds, now.clip.shape[2:], now.clip.device)
+        noise = noise_for(seeds, now.clip.shape[2:], now.clip.device, stream=13)
         times = schedule(4, model.cfg.shift)
         if hasattr(model, 'unshard'):                                      # FSDP: for embed_camera
             model.unshard()
@@ -123,7 +123,8 @@ def rolled_out_windows(teacher, cfg, clip, rng, count):
     c2w, K = clip.camera.c2w, clip.camera.K
     jump = starts_elsewhere(c2w)                                           # (B,)
     times = schedule(min(cfg.student_steps, cfg.teacher_steps), m.shift)
-    noise = noise_for(rng.integers(2 ** 31, size=B), clip.x0.shape[2:], K.device)
+    seeds = rng.integers(2 ** 31, size=B)
+    noise = noise_for(seeds, clip.x0.shape[2:], K.device, stream=13)
     video = rollout_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], window=F, jump=jump,
                          guidance=cfg.guidance, over=cfg.over, context=cfg.context)
 

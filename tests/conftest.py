@@ -1,6 +1,7 @@
 import faulthandler
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
@@ -9,6 +10,7 @@ import tempfile
 import pytest
 import torch
 
+LONGEST = 300                                                 # seconds that a script may take
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
@@ -34,7 +36,7 @@ def _script(script, args, cwd, env, log):
     for fd, end in ((1, 'out'), (2, 'err')):
         os.dup2(os.open(f'{log}.{end}', os.O_WRONLY | os.O_CREAT), fd)
     faulthandler.enable(2)                                    # where, if the process is aborted
-    faulthandler.dump_traceback_later(300, exit=True, file=2) # or hangs
+    faulthandler.dump_traceback_later(LONGEST, exit=True, file=2)                    # or hangs
     torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     sys.argv = [os.path.join(ROOT, script), *map(str, args)]
     sys.path[:0] = [ROOT, *env.get('PYTHONPATH', '').split(os.pathsep)]
@@ -44,15 +46,21 @@ def _script(script, args, cwd, env, log):
         runpy.run_module(script, run_name='__main__', alter_sys=True)
 
 
+def free_port():
+    """A port below those from which systems take the ports of outgoing connections, so that none takes it meanwhile."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as s:
+            if s.connect_ex(('127.0.0.1', port)) != 0:
+                return port
+
+
 def start(script, *args, torchrun=0, cwd=ROOT, **env):
     """Start a script (name.py, or a module: experiments.name): processes that are spared the imports, and the folder of
     their output. torchrun: so many of them, with the environment that torchrun would give them."""
     settings = {'OMP_NUM_THREADS': '1' if torchrun else os.environ.get('OMP_NUM_THREADS', '2')}
     if torchrun:
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = str(s.getsockname()[1])
-        settings |= {'WORLD_SIZE': str(torchrun), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        settings |= {'WORLD_SIZE': str(torchrun), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     logs, ps = tempfile.TemporaryDirectory(), []
     for r in map(str, range(max(1, torchrun))):
         mine = settings | {'RANK': r, 'LOCAL_RANK': r} | env
@@ -80,3 +88,33 @@ def finish(ps, logs, ok=True):
 def run(*args, ok=True, **more):
     """Run a script as a user would."""
     return finish(*start(*args, **more), ok)
+
+
+FLAGS = ['--frames', 5, '--batch', 4, '--log_every', 1, '--device', 'cpu']
+SMALL = [*FLAGS, '--sample_steps', 2]                         # for the stages that have it
+
+
+@pytest.fixture(scope='session')
+def chain(data, tmp_path_factory):
+    """base -> camera -> ar -> ode, cd -> dmd, four steps each; the folder with their files."""
+    out = str(tmp_path_factory.mktemp('out'))
+    args = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *SMALL]
+    run('finetune_camera.py', '--camera', 'none', '--preset', 'tiny', *args)
+    text = run('finetune_camera.py', '--init', f'{out}/base.safetensors', *args)
+    assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
+    text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
+    assert 'camera, 4 steps' in text and 'gate: ' in text
+    few = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *FLAGS, '--init', f'{out}/ar.safetensors',
+           '--teacher_steps', 8, '--pairs', 6]
+    text = run('distill_ode.py', *few)
+    assert 'ar, 4 steps' in text and '6 pairs, ' in text and ' MB' in text
+    run('distill_ode.py', '--method', 'cd', *few)
+    text = run('distill_dmd.py', *dmd_args(data, out), '--out', out)
+    assert 'gate before: ' in text and 'gate: ' in text
+    return out
+
+
+def dmd_args(data, out):
+    return ['--data', data, '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--frames', 5,
+            '--batch', 4, '--critic', 2, '--before', 8, '--steps', 4, '--eval_every', 2, '--log_every', 1,
+            '--device', 'cpu']

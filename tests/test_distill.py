@@ -374,9 +374,12 @@ def test_three_networks_share_nothing_and_only_the_right_one_learns(nets, condit
 def test_a_longer_walk_goes_there_and_back_and_only_its_window_learns(nets):
     """--before: the scores see the last frames of a rollout that runs to the end of the clip's path, and back."""
     nets, cfg = nets
-    assert distill_dmd.there_and_back(5, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
-    assert distill_dmd.there_and_back(5, 5).tolist() == [0, 1, 2, 3, 4]
-    assert distill_dmd.there_and_back(1, 3).tolist() == [0, 0, 0]
+    c2w = keys_to_poses('w*4')[None]
+    assert distill_dmd.there_and_back(c2w, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
+    assert distill_dmd.there_and_back(c2w, 5).tolist() == [0, 1, 2, 3, 4]
+    assert distill_dmd.there_and_back(c2w[:, :1], 3).tolist() == [0, 0, 0]
+    c2w[:, 1:, 0, 3] += 9                                      # from a door to elsewhere: it does not come back there
+    assert distill_dmd.there_and_back(c2w, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 1, 1, 2, 3]
     cfg.before, calls, data, befores = 9, [], batch(), set()
     model, forward = nets['generator'], nets['generator'].forward
 

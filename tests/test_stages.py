@@ -12,38 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, finish, run, start
+from conftest import FLAGS, ROOT, SMALL, dmd_args, finish, run, start
 from camera import keys_to_poses
 from common import load_model, load_tensors, save_model
-
-FLAGS = ['--frames', 5, '--batch', 4, '--log_every', 1, '--device', 'cpu']
-SMALL = [*FLAGS, '--sample_steps', 2]                         # for the stages that have it
-
-
-@pytest.fixture(scope='session')
-def chain(data, tmp_path_factory):
-    """base -> camera -> ar -> ode, cd -> dmd, four steps each; the folder with their files."""
-    out = str(tmp_path_factory.mktemp('out'))
-    args = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *SMALL]
-    run('finetune_camera.py', '--camera', 'none', '--preset', 'tiny', *args)
-    text = run('finetune_camera.py', '--init', f'{out}/base.safetensors', *args)
-    assert 'start from ' in text and 'base, 4 steps' in text and 'effective batch 4 = 1 x 1 x 4' in text
-    text = run('train_ar.py', '--init', f'{out}/camera.safetensors', *args)
-    assert 'camera, 4 steps' in text and 'gate: ' in text
-    few = ['--data', data, '--out', out, '--steps', 4, '--eval_every', 2, *FLAGS, '--init', f'{out}/ar.safetensors',
-           '--teacher_steps', 8, '--pairs', 6]
-    text = run('distill_ode.py', *few)
-    assert 'ar, 4 steps' in text and '6 pairs, ' in text and ' MB' in text
-    run('distill_ode.py', '--method', 'cd', *few)
-    text = run('distill_dmd.py', *dmd_args(data, out), '--out', out)
-    assert 'gate before: ' in text and 'gate: ' in text
-    return out
-
-
-def dmd_args(data, out):
-    return ['--data', data, '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--frames', 5,
-            '--batch', 4, '--critic', 2, '--before', 8, '--steps', 4, '--eval_every', 2, '--log_every', 1,
-            '--device', 'cpu']
 
 
 def logged(key, out, stage='ar'):
@@ -65,7 +36,8 @@ def test_chain_leaves_checkpoints_logs_and_strips(chain):
         assert len(losses(chain, stage)) == 4
         score = 'val_loss' if stage == 'base' else 'psnr@1'    # against steps, the last that of the checkpoint
         assert [step for step, _ in logged(score, chain, stage)] == [2, 4]
-        assert dict(logged(score, chain, stage))[meta['step']] == meta['metrics'][score]
+        metrics = meta['choice'] if stage == 'dmd' else meta['metrics']
+        assert dict(logged(score, chain, stage))[meta['step']] == metrics[score]
     assert load_tensors(f'{chain}/dmd.last.safetensors')[1]['step'] == 4
     for stage in ('base', 'camera', 'ar', 'ode', 'cd', 'dmd'):
         assert iio.imread(f'{chain}/{stage}.png').shape == (4 * 2 * 32 * 2, 5 * 32 * 2, 3)
@@ -295,7 +267,9 @@ def test_a_distilled_model_walks_in_few_steps(chain, tmp_path):
 
 @pytest.mark.parametrize('script, args, words', [
     ('distill_ode.py', ['--method', 'magic'], 'choose ode or cd'),
-    ('distill_ode.py', ['--student_steps', 0], 'at least one --teacher_steps'),
+    ('distill_ode.py', ['--student_steps', 0], '--student_steps 0: at least 1'),
+    ('distill_ode.py', ['--pairs', 0], '--pairs 0: at least 1'),
+    ('distill_dmd.py', ['--before', -1], '--before -1: at least 0'),
     ('distill_ode.py', ['--init', 'nowhere'], 'nowhere: no such file: run train_ar.py first'),
     ('distill_dmd.py', ['--init', 'nowhere'], 'generator needs it'),
     ('distill_dmd.py', ['--score', 'nowhere'], 'real score needs it'),
@@ -318,7 +292,9 @@ def test_distillation_says_what_is_wrong(script, args, words, data, chain, tmp_p
     (['--preset', 'huge', '--init', 'none'], 'choose one of tiny, nano'),
     (['--init', 'camera.safetensors'], 'camera.safetensors: no such file'), (['--frames', 99], 'frames'),
     (['--out', '/proc/nowhere'], '/proc/nowhere'), (['--eval_every', 0], '--eval_every 0: at least 1'),
-    (['--frames', 1], 'at least 2')])
+    (['--frames', 1], 'at least 2'), (['--lr', -1], '--lr -1.0: at least'), (['--lr', 'nan'], '--lr nan: at least'),
+    (['--clip', 0], '--clip 0.0: at least'), (['--seed', 2 ** 70], 'from 0 to'), (['--seed', -1], 'from 0 to'),
+    (['--drift', 1.5], 'from 0 to 1'), (['--context_noise', -.1], 'from 0 to 1'), (['--device', 'mps'], 'float64')])
 def test_training_says_what_is_wrong(args, words, data, chain, tmp_path):
     start = ['--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 1, *SMALL]
     assert words in run('train_ar.py', *start, *args, ok=False)
