@@ -62,6 +62,7 @@ class ModelConfig:
     first_chunk: int = 1          # frames in the first chunk: 1, or `chunk` as in minWM
     shift: float = 4.0            # time schedule: more noise for more tokens a frame
     sink: bool = False            # a walk's first frame stays in the window (StreamingLLM, LongLive)
+    eviction: str = 'chunks'      # how old frames leave a walk's window: chunks | frames, as minWM (see Walk)
 
 
 WAN = dict(text_dim=4096, text_len=512, chunk=4, shift=5.0)
@@ -300,25 +301,27 @@ class KVCache:
         self.v[slot, :, start:end] = v
         return self.k[slot, :, :end], self.v[slot, :, :end]
 
-    def roll(self, n, sink=False):
-        """Drop the oldest n frames. The rest keep their positions, as rotary attention sees only differences.
-        A sink (frame 0) is never dropped: its key is rotated to sit just before the oldest that remains."""
-        kept = self.L if sink else 0               # tokens of the sink
+    def roll(self, n, sink=0):
+        """Drop the n oldest frames behind the first `sink` ones. The rest keep their positions, as rotary
+        attention sees only differences."""
+        kept = sink * self.L                       # tokens
 
         def shifted(x):                            # a new tensor: checkpointed blocks may still read the old
-            sink, old, new = x.tensor_split([kept, kept + n * self.L], dim=2)
-            return torch.cat([sink, new, old], 2)
+            first, old, new = x.tensor_split([kept, kept + n * self.L], dim=2)
+            return torch.cat([first, new, old], 2)
 
         self.k = shifted(self.k)
         self.v = shifted(self.v)
         self.end -= n
         self.gone += n
-        if sink:                                   # always from position 0, so that rounding does not add up
-            layers = len(self.text)
-            if self.sink is None:
-                self.sink = self.k[:layers, :, :kept].clone()
-            turn = rotary_table((self.gone,), 1, 1, self.k.shape[-1], self.k.device)
-            self.k[:layers, :, :kept] = rotate(self.sink, turn)
+
+    def move_sink(self):
+        """Rotate frame 0's key to sit just before the oldest frame that remains."""
+        layers = len(self.text)                    # PRoPE's keys, in the slots behind, are not rotated
+        if self.sink is None:                      # always from position 0, so that rounding does not add up
+            self.sink = self.k[:layers, :, :self.L].clone()
+        turn = rotary_table((self.gone,), 1, 1, self.k.shape[-1], self.k.device)
+        self.k[:layers, :, :self.L] = rotate(self.sink, turn)
 
 # -----------------------------------------------------------------------------
 # the transformer, under Wan2.1's parameter names
@@ -679,7 +682,20 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
 # rollout: the only chunk-by-chunk loop
 
 class Walk:
-    """What `rollout` carries from chunk to chunk: the KV cache, its frames, the origin of all poses."""
+    """What `rollout` carries from chunk to chunk: the KV cache, its frames, the origin of all poses.
+
+    How the oldest frames leave a full window (cfg.eviction):
+
+    chunks    before the newest chunk is cached, in whole chunks; a sink moves up, right before the rest
+    frames    after that, when the next chunk begins, one by one; a sink keeps its position. As minWM
+
+    Which frames the chunks (3 4) and (5 6) see before them, with a sink, in a window of 6:
+
+                         chunks    frames
+    (3 4) is denoised    0 1 2     0 1 2
+    (3 4) is cached      0         0 1 2
+    (5 6) is denoised    0 3 4     0 2 3 4
+    """
 
     def __init__(self, model, text, noise, window, guidance, over, jump):
         self.model, self.cfg = model, model.cfg
@@ -690,20 +706,26 @@ class Walk:
             null_text = torch.zeros_like(text) if over == 'text' else text
             text = torch.cat([text, null_text])
         self.text = text
-        # can old chunks simply be evicted? Not if cached keys hold poses relative to an origin that moves
+        # can old frames simply be evicted? Not if cached keys hold poses relative to an origin that moves
         self.rolls = self.cfg.sink or 'plucker' not in self.cfg.camera
+        self.by_frames = self.cfg.eviction == 'frames'
+        self.sink = int(self.cfg.sink)             # frames that are never evicted
         self.cache = None
-        self.history = []                          # (latents, Camera) of the window's chunks, oldest first
+        self.history = []                          # (latents, Camera) of the window's chunks, for `rebase`
         self.pending = None                        # the newest chunk, not cached yet: latents, times, camera
         self.origin = None                         # (B, 4, 4): the pose that the network sees as the identity
         self.last_pose = None                      # (B, 1, 4, 4): of the newest frame
-        self.least_window = 0                      # frames that the next chunk needs
+        self.must_stay = {}                        # what the window holds beside a chunk: {name: frames}
+        self.leaving = 0                           # frames, behind the sink, that the next chunk does not see
 
     def begin(self, x, camera):
         """The first chunk: its latents give the size of the cache, its first pose the origin."""
         L = x[0, 0, 0].numel() // self.cfg.patch ** 2
         dtype = self.model.patch_embedding.weight.dtype
-        self.cache = KVCache(self.cfg, len(self.text), self.window, L, x.device, dtype)
+        frames = self.window
+        if self.by_frames:                         # a call holds one chunk's window and the next chunk
+            frames += self.cfg.chunk
+        self.cache = KVCache(self.cfg, len(self.text), frames, L, x.device, dtype)
         self.origin = camera.c2w[:, 0]
 
     def place(self, camera, before):
@@ -711,7 +733,7 @@ class Walk:
         jump = None
         if self.cfg.sink and before is None:
             jump = torch.ones(self.B, dtype=torch.bool)               # nothing comes before the sink
-        elif self.cfg.sink and len(self.history) == 1:
+        elif self.cfg.sink and self.cache.end == 0:                   # only the first chunk comes before
             jump = self.jump
         pose = relative(camera.c2w, self.origin)
         placed = Camera(pose, camera.K, camera.on, moves(camera.c2w, before, jump))
@@ -746,6 +768,15 @@ class Walk:
         self.pending = None
         self.call(x, t, camera)
         self.cache.end += x.shape[1]
+        self.evict()
+
+    def evict(self):
+        """Drop the frames that are to leave the window, if any."""
+        if self.leaving:
+            self.cache.roll(self.leaving, self.sink)
+            if self.sink and not self.by_frames:
+                self.cache.move_sink()
+        self.leaving = 0
 
     def velocity(self, x, t, camera, grad=False):
         """v of the chunk x at time t. The same call commits a pending chunk: one call less per chunk."""
@@ -758,6 +789,7 @@ class Walk:
         new, n = past.shape[1], x.shape[1]
         mask = torch.ones(new + n, self.cache.end + new + n, dtype=torch.bool)
         mask[:new, -n:] = False                    # the past does not see what follows it
+        mask[new:, self.sink:self.sink + self.leaving] = False        # the chunk does not see what leaves
         v = self.call(
             torch.cat([past, x], 1),
             torch.cat([t_past, self.times(x, t)], 1),
@@ -766,33 +798,45 @@ class Walk:
             last=n,
         )
         self.cache.end += new
+        self.evict()
         return v
 
-    def remember(self, x, camera, embedded, level, context):
-        """Put a finished chunk into the window, to be cached at noise `level`; make room if another one would
-        not fit. context: the level of generated frames, for `rebase`."""
-        cfg, n = self.cfg, x.shape[1]
-        self.history.append((x, camera))
-        self.last_pose = camera.c2w[:, -1:]
-        if self.rolls:
-            keep = n + int(cfg.sink and len(self.history) > 1)
-        else:                                      # the newest half of the window, in whole chunks
-            half = max(0, (self.window + 1) // 2 - cfg.first_chunk)
-            keep = cfg.first_chunk + half // cfg.chunk * cfg.chunk
-        self.least_window = keep + cfg.chunk
-        if self.least_window > self.window:        # an error if another chunk is asked for
+    def make_room(self, n):
+        """Before a chunk of n frames: the oldest frames leave a full window. An error, if n frames do not fit
+        beside those that must stay."""
+        least = n + sum(self.must_stay.values())
+        if least > self.window:
+            parts = {'the next chunk': n} | self.must_stay
+            why = ', '.join(f'{frames} for {name}' for name, frames in parts.items() if frames)
+            raise BadInput(f'a window of {self.window} frames is too small: use at least {least} ({why})')
+        if self.pending is None:
             return
-        if self.rolls or self.fits(n):
-            self.pending = *self.noised(x, level), embedded
-            while not self.fits(n):
-                oldest, _ = self.history.pop(1 if cfg.sink else 0)
-                self.cache.roll(oldest.shape[1], cfg.sink)
-        else:
-            self.rebase(keep, context)
+        newest = self.pending[0].shape[1]
+        excess = self.cache.end + newest + n - self.window            # frames
+        if excess > 0:
+            self.leaving = excess
+            if not self.by_frames:                 # now, and only whole chunks stay
+                self.leaving += (self.window - self.sink) % self.cfg.chunk
+                self.evict()
 
-    def fits(self, n):
-        """Is there room for n frames that are not cached yet, and for one chunk more?"""
-        return self.cache.end + n + self.cfg.chunk <= self.window
+    def remember(self, x, camera, embedded, level, context):
+        """Put a finished chunk into the window: the next chunk's first call will cache it at noise `level`.
+        Or restart a full window that does not roll, at noise `context`."""
+        cfg, n = self.cfg, x.shape[1]
+        self.last_pose = camera.c2w[:, -1:]
+        if not self.rolls:
+            self.history.append((x, camera))
+            half = max(0, (self.window + 1) // 2 - cfg.first_chunk)
+            keep = cfg.first_chunk + half // cfg.chunk * cfg.chunk    # whole chunks
+            self.must_stay = {'the newest half': keep}
+        elif self.by_frames:
+            self.must_stay = {'the sink': self.sink}
+        else:                                      # the first chunk includes the sink
+            self.must_stay = {'the sink': min(self.sink, self.cache.end), 'the newest chunk': n}
+        if self.rolls or self.cache.end + n + cfg.chunk <= self.window:
+            self.pending = *self.noised(x, level), embedded
+        elif keep + cfg.chunk <= self.window:      # else an error if another chunk is asked for
+            self.rebase(keep, context)
 
     def rebase(self, keep, context):
         """Restart the window: encode its newest `keep` frames again in one pass, the first as the origin, all
@@ -823,8 +867,9 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
     noise        function n -> (B, n, C, H, W) that draws noise for n frames
     first_frame  latents (B, n, C, H, W) of the first chunk, given at t = 0; None: it is generated
     guidance     s in v = v_null + s (v_cond - v_null); the null branch drops the camera or the text (`over`)
-    window       frames that the cache holds. When it is full, the oldest chunks are evicted, if the origin of
-                 the poses stays (a sink, or no Plücker maps), else the newest half is encoded again: rebase
+    window       frames that a chunk sees, itself included. When it is full, the oldest are evicted (see Walk)
+                 if the origin of the poses stays (a sink, or no Plücker maps), else the newest half is
+                 encoded again: rebase
     context      noise level at which generated frames enter the cache, as in training: it hides their faults
     renoise      False: Euler steps. True, for few-step models: predict x0, add fresh noise of the next time
     exit_step    training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk.
@@ -833,11 +878,11 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
     """
     walk = Walk(model, text, noise, window, guidance, over, jump)
     for camera in cameras:
-        if walk.least_window > window:
-            raise BadInput(f'a window of {window} frames is too small: use at least {walk.least_window}')
-        opening = not walk.history
+        n = camera.K.shape[1]
+        walk.make_room(n)
+        opening = walk.cache is None
         given = opening and first_frame is not None
-        x = first_frame if given else noise(camera.K.shape[1])
+        x = first_frame if given else noise(n)
         if opening:
             walk.begin(x, camera)
         placed = walk.place(camera, walk.last_pose)

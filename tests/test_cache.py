@@ -1,23 +1,31 @@
 """The chunk-by-chunk rollout with its KV cache against one uncached teacher-forced forward of its own output."""
+import re
+
 import pytest
 import torch
 
 from camera import BadInput, Camera, intrinsics, keys_to_poses, moves, relative
-from model import chunk_ids, rollout, rollout_clip, schedule, teacher_forcing_mask
+from model import KVCache, chunk_ids, rollout, rollout_clip, schedule, teacher_forcing_mask
 from test_model import tiny_model
+
+
+def scene(frames, H, W):
+    """Two paths c2w (2, frames, 4, 4), K, text, and a function that draws noise."""
+    g = torch.Generator().manual_seed(1)
+    c2w = torch.stack([keys_to_poses(keys)[:frames] for keys in ('w*2,wl*3,di*2,j*30', 'j*2,s*3,al*40')])
+    K = intrinsics(90, W / H).expand(2, frames, 4)
+    text = torch.randn(2, 4, 8, generator=g)
+    return c2w, K, text, lambda n: torch.randn(2, n, 16, H, W, generator=g)
 
 
 def roll_out(model, frames, H, W, first_frame=None, window=64, guidance=1.0, calls=None, off=None, **kw):
     """Roll out `frames` frames, camera and text on but for `off`; record every network call in `calls` as (x, t,
     cache.end, v)."""
-    g = torch.Generator().manual_seed(1)
-    c2w = keys_to_poses('w*2,wl*3,di*2,j*30')[:frames].expand(2, -1, 4, 4)
-    K = intrinsics(90, W / H).expand(2, frames, 4)
+    c2w, K, text, noise = scene(frames, H, W)
     sizes = torch.bincount(chunk_ids(frames, model.cfg.chunk, model.cfg.first_chunk)).tolist()
     on = torch.full((2,), off != 'camera')
     cameras = (Camera(a, b, on) for a, b in zip(c2w.split(sizes, 1), K.split(sizes, 1)))
-    text = torch.randn(2, 4, 8, generator=g) * (off != 'text')
-    noise = lambda n: torch.randn(2, n, 16, H, W, generator=g)
+    text = text * (off != 'text')
     def record(m, args, kw_, v):                               # a chunk that goes along with the next is a call too
         (x, t), end = args[:2], kw_['cache'].end
         new = int((t[0] == t[0, 0]).sum()) % len(t[0])
@@ -124,6 +132,140 @@ def test_a_rolling_cache_equals_one_forward_under_a_sliding_mask(chunk, window, 
         with torch.no_grad():
             want = model(all_x, all_times, text, camera, mask, pos)
         torch.testing.assert_close(v[:, 1:], want[:, 1 - frames:], rtol=0, atol=1e-5)
+
+
+class PlainCache:
+    """The keys and values of every frame of a walk, in lists that only grow, each rotated to its place in the walk. A
+    chunk sees itself, the sink, and as many frames before it as the window has room for beside these two."""
+
+    def __init__(self, model, window, L):
+        self.sink, self.window, self.L = model.cfg.sink, window, L
+        self.frames = [[] for _ in range(2 * model.cfg.num_layers)]             # PRoPE's behind the rotary ones
+        self.text = [None] * model.cfg.num_layers
+
+    def update(self, slot, k, v):
+        frames = self.frames[slot]
+        frames[self.start:] = zip(k.split(self.L, 1), v.split(self.L, 1))       # each call of a chunk overwrites
+        oldest = len(frames) - (self.window - self.sink)
+        k, v = zip(*(frame for i, frame in enumerate(frames) if i < self.sink or i >= oldest))
+        return torch.cat(k, 1), torch.cat(v, 1)
+
+
+@torch.no_grad()
+def plain_walk(model, frames, first_frame=None, window=64, guidance=1.0, off=None, context=0.0):
+    """minWM's loop, one call for each step, one more for the keys of the finished chunk, and a second cache for
+    guidance. The noise is that of `roll_out`."""
+    c2w, K, text, noise = scene(frames, 4, 4)
+    sizes = torch.bincount(chunk_ids(frames, model.cfg.chunk, model.cfg.first_chunk)).tolist()
+    caches = [PlainCache(model, window, 4) for _ in range(2)]
+    x0, start = [], 0
+    for n in sizes:
+        here = slice(start, start + n)
+
+        def call(x, t):
+            v = []
+            for cache, here_off in zip(caches, (None, off)):
+                cache.start = start
+                camera = Camera(relative(c2w)[:, here], K[:, here], torch.full((2,), here_off != 'camera'))
+                v.append(model(x, torch.full((2, n), t), text * (here_off != 'text'), camera, cache=cache,
+                               pos=range(start, start + n)))
+            return v[1] + guidance * (v[0] - v[1])
+
+        given = first_frame is not None and start == 0
+        x = first_frame if given else noise(n)
+        times = [] if given else schedule(3, 2.0).tolist()
+        for t, t_next in zip(times, times[1:]):
+            x = x + (t_next - t) * call(x, t)
+        x0.append(x)
+        level = 0. if given else context
+        call((1 - level) * x + (level * noise(n) if level else 0), level)
+        start += n
+    return torch.cat(x0, 1)
+
+
+@pytest.mark.parametrize('sink', [False, True])
+@pytest.mark.parametrize('chunk, first, before, frames', [
+    (1, 1, 1, 7), (1, 1, 3, 9), (2, 2, 0, 8), (2, 2, 1, 10), (2, 2, 2, 10), (2, 1, 3, 11), (4, 4, 1, 16), (4, 1, 6, 21),
+    (4, 4, 8, 20)])
+def test_minwms_walk_equals_its_plain_loop(chunk, first, before, frames, sink):
+    """Its window counts the chunk at work: a chunk sees `before` frames and the sink before it, while it is denoised
+    and while its keys are written. Frames leave one by one, and none is rotated again, the sink neither."""
+    model = tiny_model(chunk=chunk, first_chunk=first, camera='prope', sink=sink, eviction='frames')
+    window = sink + before + chunk
+    start = torch.randn(2, first, 16, 4, 4, generator=torch.Generator().manual_seed(2))
+    for options in (dict(), dict(first_frame=start, context=.2)):
+        x0, _, _ = roll_out(model, frames, 4, 4, window=window, **options)
+        torch.testing.assert_close(x0, plain_walk(model, frames, window=window, **options), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('over', ['camera', 'text'])
+def test_minwms_walk_with_guidance_equals_its_plain_loop(over):
+    model = tiny_model(chunk=2, first_chunk=2, camera='prope', sink=True, eviction='frames')
+    x0, _, _ = roll_out(model, 12, 4, 4, window=6, guidance=1.5, over=over)
+    torch.testing.assert_close(x0, plain_walk(model, 12, window=6, guidance=1.5, off=over), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('camera', ['none', 'prope', 'plucker+prope'])
+@pytest.mark.parametrize('sink', [False, True])
+@pytest.mark.parametrize('chunk, first, window, frames', [(1, 1, 4, 11), (2, 2, 5, 12), (2, 1, 6, 13), (4, 4, 7, 16)])
+def test_minwms_walk_equals_one_forward_under_its_sliding_mask(chunk, first, window, frames, sink, camera):
+    """In every call, and with one position for every frame of the walk."""
+    if camera == 'plucker+prope' and (first > 1 or not sink):
+        pytest.skip('Plücker maps need a sink in a first chunk of one')
+    model = tiny_model(chunk=chunk, first_chunk=first, camera=camera, sink=sink, eviction='frames')
+    calls, jump = [], torch.tensor([True, False])
+    x0, camera, text = roll_out(model, frames, 4, 4, torch.randn(2, first, 16, 4, 4), window, calls=calls, jump=jump)
+    ids, key = chunk_ids(frames, chunk, first), torch.arange(frames)
+    end = torch.bincount(ids).cumsum(0)[ids][:, None]                                # of each frame's chunk
+    inside = (key < sink) | (key >= end - (window - sink))
+    mask = teacher_forcing_mask(ids) & inside.repeat(2, 2)
+    camera = Camera(relative(camera.c2w), camera.K, move=moves(camera.c2w, jump=jump if sink else None))
+    noisy = [c for c in calls if c[1].max() > 0]
+    for step in range(3):
+        x, t, _, v = zip(*noisy[step::3])
+        x_t, times = torch.cat([x0[:, :first], *x], 1), torch.cat([torch.zeros(2, first), *t], 1)
+        with torch.no_grad():
+            want = model(torch.cat([x0, x_t], 1), torch.cat([0 * times, times], 1), text, Camera.cat([camera] * 2),
+                         mask, [*range(frames)] * 2)
+        torch.testing.assert_close(torch.cat(v, 1), want[:, frames + first:], rtol=0, atol=1e-5)
+
+
+def test_training_walks_as_minwm_does():
+    """With gradient a chunk is cached by a separate call: nothing else changes."""
+    model, options = tiny_model(chunk=2, first_chunk=2, camera='prope', sink=True, eviction='frames'), dict(window=6)
+    for step in range(2):
+        options |= dict(renoise=True, exit_step=step)
+        with torch.no_grad():
+            want, _, _ = roll_out(model, 12, 4, 4, **options)
+        x0, _, _ = roll_out(model, 12, 4, 4, **options)
+        assert x0.requires_grad and not want.requires_grad
+        torch.testing.assert_close(x0, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('eviction, window, needs', [
+    ('chunks', 4, 'use at least 5 (2 for the next chunk, 1 for the sink, 2 for the newest chunk)'),
+    ('frames', 2, 'use at least 3 (2 for the next chunk, 1 for the sink)'),
+    ('frames', 1, 'use at least 2 (2 for the next chunk)')])
+def test_a_window_without_room_for_the_sink_is_refused(eviction, window, needs):
+    model = tiny_model(chunk=2, first_chunk=2, camera='prope', sink=True, eviction=eviction)
+    with pytest.raises(BadInput, match=f'a window of {window} frames is too small: {re.escape(needs)}'):
+        roll_out(model, 6, 4, 4, window=window)
+
+
+@pytest.mark.parametrize('eviction, window', [('chunks', 5), ('chunks', 6), ('frames', 3), ('frames', 4)])
+def test_a_sink_in_a_first_chunk_of_two_is_never_lost(eviction, window, monkeypatch):
+    """Values of the first layer know of one frame alone, so they say which one it is."""
+    model, values = tiny_model(chunk=2, first_chunk=2, camera='prope', sink=True, eviction=eviction), []
+    update = KVCache.update
+
+    def record(cache, slot, k, v):
+        k, v = update(cache, slot, k, v)
+        values.extend([v.clone()] * (slot == 0))
+        return k, v
+    monkeypatch.setattr(KVCache, 'update', record)
+    roll_out(model, 12, 4, 4, torch.randn(2, 2, 16, 4, 4), window)
+    assert len(values) == 15 and all(torch.equal(v[:, :4], values[0][:, :4]) for v in values)
+    assert max(v.shape[1] for v in values[1::3]) <= 4 * window
 
 
 def test_a_long_walk_never_leaves_the_window():
