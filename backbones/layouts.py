@@ -167,6 +167,7 @@ def find_config(path, tensors, header):
         chunk=4,
         first_chunk=4,
         shift=5.0,
+        eviction='frames',
     )
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ CONFIG = {'text_len': 4, 'num_heads': 2, 'num_layers': 2, 'dim': 48, 'ffn_dim': 
 
 @pytest.fixture(scope='module')
 def model():
-    return tiny_model(camera='none', chunk=4, first_chunk=4, shift=5.0, freq_dim=16)
+    return tiny_model(camera='none', chunk=4, first_chunk=4, shift=5.0, freq_dim=16, eviction='frames')
 
 
 def same(path, model, **kw):
@@ -148,7 +148,7 @@ def test_pt_files(model, tmp_path, wrap):
 
 
 def test_action2v_brings_its_second_attention(tmp_path):
-    model = tiny_model(camera='prope', chunk=4, first_chunk=4, shift=5.0, freq_dim=16)
+    model = tiny_model(camera='prope', chunk=4, first_chunk=4, shift=5.0, freq_dim=16, eviction='frames')
     write_config(tmp_path)
     torch.save({'generator': {f'model.{k}': v for k, v in model.state_dict().items()}}, tmp_path / 'model.pt')
     same(tmp_path / 'model.pt', model)
