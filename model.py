@@ -335,27 +335,30 @@ def sinusoid(t, dim):
 
 
 @functools.lru_cache(maxsize=256)
+def axis_turns(positions, n):
+    """How each of n pairs of channels turns at each position of an axis: unit complex numbers
+    (len(positions), n), complex64, of base 10000."""
+    spectrum = 10000 ** (-torch.arange(n, dtype=torch.float64) / n)
+    angle = torch.tensor(positions, dtype=torch.float64)[:, None] * spectrum
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
+@functools.lru_cache(maxsize=8)                    # for the steps of a chunk: no frame of a walk comes again
 @torch.inference_mode(False)                       # a table made while streaming may serve training
 def rotary_table(pos, h, w, Dh, device):
     """Unit complex numbers (F h w, 1, Dh / 2), complex64, for F = len(pos) frames of h x w tokens.
 
     As in Wan, the Dh / 2 rotations are shared by three axes: Dh // 6 for the row, as many for the column, the
-    rest for the frame. Each axis has its own spectrum of base 10000.
+    rest for the frame.
     """
-    def spectrum(n):
-        return 10000 ** (-torch.arange(n, dtype=torch.float64) / n)
-
+    F = len(pos)
     n_space = Dh // 6
     n_frame = Dh // 2 - 2 * n_space
-    axes = [torch.tensor(x, dtype=torch.float64) for x in (pos, range(h), range(w))]
-    frame, row, column = torch.cartesian_prod(*axes).split(1, dim=1)                    # (F h w, 1) each
-    angle = torch.cat([
-        frame * spectrum(n_frame),
-        row * spectrum(n_space),
-        column * spectrum(n_space),
-    ], 1)                                          # (F h w, Dh / 2)
-    table = torch.polar(torch.ones_like(angle), angle)
-    return table[:, None].to(device, torch.complex64)
+    frame = axis_turns(pos, n_frame)[:, None, None]                                     # (F, 1, 1, n_frame)
+    row = axis_turns(range(h), n_space)[:, None]                                        # (h, 1, n_space)
+    column = axis_turns(range(w), n_space)                                              # (w, n_space)
+    axes = [turns.expand(F, h, w, -1) for turns in (frame, row, column)]
+    return torch.cat(axes, -1).view(F * h * w, 1, Dh // 2).to(device)
 
 
 def rotate(x, table):

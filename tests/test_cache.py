@@ -1,11 +1,12 @@
 """The chunk-by-chunk rollout with its KV cache against one uncached teacher-forced forward of its own output."""
+import gc
 import re
 
 import pytest
 import torch
 
 from camera import BadInput, Camera, intrinsics, keys_to_poses, moves, relative
-from model import KVCache, chunk_ids, rollout, rollout_clip, schedule, teacher_forcing_mask
+from model import KVCache, chunk_ids, rollout, rollout_clip, rotary_table, schedule, teacher_forcing_mask
 from test_model import tiny_model
 
 
@@ -266,6 +267,19 @@ def test_a_sink_in_a_first_chunk_of_two_is_never_lost(eviction, window, monkeypa
     roll_out(model, 12, 4, 4, torch.randn(2, 2, 16, 4, 4), window)
     assert len(values) == 15 and all(torch.equal(v[:, :4], values[0][:, :4]) for v in values)
     assert max(v.shape[1] for v in values[1::3]) <= 4 * window
+
+
+def test_a_walk_that_rolls_keeps_few_rotary_angles():
+    """Complex numbers that are left behind it, all over the process."""
+    def held():
+        gc.collect()
+        all_complex = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.complex64]
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 8 for x in all_complex}
+    before, model, L = held(), tiny_model(camera='prope', num_layers=1), 32
+    rotary_table.cache_clear()
+    roll_out(model, 33, 8, 16, torch.randn(2, 1, 16, 8, 16), window=3)
+    new = held()
+    assert 0 < sum(n for place, n in new.items() if place not in before) < 20 * L * 12     # 12 angles a token
 
 
 def test_a_long_walk_never_leaves_the_window():
