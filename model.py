@@ -39,7 +39,7 @@ from camera import BadInput, Camera, invert, moves, plucker, relative
 
 try:
     from flash_attn import flash_attn_func
-except ImportError:
+except Exception:                                  # not there, or built for another torch or CUDA
     flash_attn_func = None
 
 
@@ -598,8 +598,8 @@ class DiT(nn.Module):
         # 1) patches, times and text to width D
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b f (h w) (c p q)', p=p, q=p)
         x = functional.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        with torch.autocast(x.device.type, enabled=False):            # the residual stream stays float32
-            x = x.to(dtype)                                           # (B, F, L, D)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(dtype)                                           # (B, F, L, D) in the dtype of the weights
             e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
             if camera.tokens is not None:
                 x = x + camera.tokens.to(dtype)
@@ -717,6 +717,7 @@ class Walk:
         self.history = []                          # (latents, Camera) of the window's chunks, for `rebase`
         self.pending = None                        # the newest chunk, not cached yet: latents, times, camera
         self.origin = None                         # (B, 4, 4): the pose that the network sees as the identity
+        self.frames_done = 0
         self.last_pose = None                      # (B, 1, 4, 4): of the newest frame
         self.must_stay = {}                        # what the window holds beside a chunk: {name: frames}
         self.leaving = 0                           # frames, behind the sink, that the next chunk does not see
@@ -734,9 +735,7 @@ class Walk:
     def place(self, camera, before):
         """A chunk's camera as the network sees it: poses from the origin, moves from the frame `before`."""
         jump = None
-        if self.cfg.sink and before is None:
-            jump = torch.ones(self.B, dtype=torch.bool)               # nothing comes before the sink
-        elif self.cfg.sink and self.cache.end == 0:                   # only the first chunk comes before
+        if self.cfg.sink and self.frames_done < 2:                    # frame 1 is in this chunk
             jump = self.jump
         pose = relative(camera.c2w, self.origin)
         placed = Camera(pose, camera.K, camera.on, moves(camera.c2w, before, jump))
@@ -769,9 +768,19 @@ class Walk:
         """Write the pending chunk into the cache, by a call that does nothing else."""
         x, t, camera = self.pending
         self.pending = None
-        self.call(x, t, camera)
+        self.call(x, t, camera, self.mask(x.shape[1]))
         self.cache.end += x.shape[1]
         self.evict()
+
+    def mask(self, new, n=0):
+        """What `new` frames on their way into the cache, and a chunk of n frames behind them, may see."""
+        end = self.cache.end
+        mask = torch.ones(new + n, end + new + n, dtype=torch.bool)
+        if end + self.cache.gone == 0:             # the first frames: more than one chunk, if so many are given
+            mask[:new, :new] = causal_mask(chunk_ids(new, self.cfg.chunk, self.cfg.first_chunk))
+        mask[:new, end + new:] = False             # the past does not see what follows it
+        mask[new:, self.sink:self.sink + self.leaving] = False        # the chunk does not see what leaves
+        return mask
 
     def evict(self):
         """Drop the frames that are to leave the window, if any."""
@@ -790,14 +799,11 @@ class Walk:
         past, t_past, camera_past = self.pending
         self.pending = None
         new, n = past.shape[1], x.shape[1]
-        mask = torch.ones(new + n, self.cache.end + new + n, dtype=torch.bool)
-        mask[:new, -n:] = False                    # the past does not see what follows it
-        mask[new:, self.sink:self.sink + self.leaving] = False        # the chunk does not see what leaves
         v = self.call(
             torch.cat([past, x], 1),
             torch.cat([t_past, self.times(x, t)], 1),
             camera_past.followed_by(camera),
-            mask,
+            self.mask(new, n),
             last=n,
         )
         self.cache.end += new
@@ -826,6 +832,7 @@ class Walk:
         """Put a finished chunk into the window: the next chunk's first call will cache it at noise `level`.
         Or restart a full window that does not roll, at noise `context`."""
         cfg, n = self.cfg, x.shape[1]
+        self.frames_done += n
         self.last_pose = camera.c2w[:, -1:]
         if not self.rolls:
             self.history.append((x, camera))
