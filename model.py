@@ -599,7 +599,7 @@ class DiT(nn.Module):
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b f (h w) (c p q)', p=p, q=p)
         x = functional.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(dtype)                                           # (B, F, L, D) in the dtype of the weights
+            x = x.to(dtype)                                           # (B, F, L, D), dtype of the weights
             e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(dtype))         # (B, F, D)
             if camera.tokens is not None:
                 x = x + camera.tokens.to(dtype)
@@ -776,7 +776,7 @@ class Walk:
         """What `new` frames on their way into the cache, and a chunk of n frames behind them, may see."""
         end = self.cache.end
         mask = torch.ones(new + n, end + new + n, dtype=torch.bool)
-        if end + self.cache.gone == 0:             # the first frames: more than one chunk, if so many are given
+        if end + self.cache.gone == 0:             # the first frames: several chunks, if they are given
             mask[:new, :new] = causal_mask(chunk_ids(new, self.cfg.chunk, self.cfg.first_chunk))
         mask[:new, end + new:] = False             # the past does not see what follows it
         mask[new:, self.sink:self.sink + self.leaving] = False        # the chunk does not see what leaves
@@ -884,7 +884,7 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
     renoise      False: Euler steps. True, for few-step models: predict x0, add fresh noise of the next time
     exit_step    training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk.
                  That call carries gradient, if enabled; the cache is written from the detached x0
-    jump         (B,) bool, with a sink: walks whose second chunk begins elsewhere than their first frame
+    jump         (B,) bool, with a sink: walks whose second frame is elsewhere than their first one
     """
     walk = Walk(model, text, noise, window, guidance, over, jump)
     for camera in cameras:

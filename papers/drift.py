@@ -79,7 +79,7 @@ class Drift:
         with torch.no_grad():
             path = now.c2w[rows[:, None], frames]                          # (B, F, 4, 4)
             video = rollout_clip(model, path, now.K, now.text, times, noise, now.history, window=cfg.frames,
-                                 context=cfg.context)
+                                 context=cfg.context, jump=jump)
         # 3) the next turn goes on from its newest half
         newest = video[:, -half:]
         if model.cfg.sink:

@@ -475,8 +475,10 @@ def test_bidirectional_pairs_collapse_and_causal_pairs_do_not():
 # --------------------------------------------------------------------------------- stage 1 on its own rollouts
 
 @pytest.mark.parametrize('sink', [False, True])
-def test_a_rollout_of_stage_1_goes_on_where_it_was_and_the_clip_stays_the_target(sink):
-    model, data, clip, calls = tiny_model(sink=sink), batch(), batch(F=14), []
+def test_a_rollout_of_stage_1_goes_on_where_it_was_and_the_clip_stays_the_target(sink, monkeypatch):
+    model, data, clip, calls, moved = tiny_model(sink=sink), batch(), batch(F=14), [], []
+    embed = model.embed_camera
+    monkeypatch.setattr(model, 'embed_camera', lambda camera, *size: moved.append(camera.move) or embed(camera, *size))
     data.draws.u[:, F] = 1                                     # none ends by chance
     data = dataclasses.replace(data, draws=Draws(data.draws.u), more=(clip.x0, clip.camera.c2w))
     cfg = train_ar.Config(frames=F, drift=1.0)
@@ -484,6 +486,7 @@ def test_a_rollout_of_stage_1_goes_on_where_it_was_and_the_clip_stays_the_target
     drift.rng = dataclasses.make_dataclass('Always', [])()
     drift.rng.random, drift.rng.integers = lambda: .5, lambda n: 0
     for turn in range(7):                                      # each 2 frames on: 0, 2, 4, 6, 8, and again
+        moved.clear()
         drift(model, cfg, data)
         age = 2 * turn if turn < 5 else 2 * turn - 10
         frames = [0 if sink else age, *range(age + 1, age + F)]
@@ -491,6 +494,7 @@ def test_a_rollout_of_stage_1_goes_on_where_it_was_and_the_clip_stays_the_target
         assert torch.equal(now.x0, clip.x0[:, frames]) and not history.requires_grad
         torch.testing.assert_close(now.camera.c2w, relative(clip.camera.c2w[:, frames]), rtol=0, atol=1e-6)
         assert (now.camera.move[0, 1] == torch.eye(4)).all() == (sink and age > 0)
+        torch.testing.assert_close(torch.cat(moved, 1)[:, :F], now.camera.move, rtol=0, atol=1e-6)   # the rollout too
         if age == 0:
             assert torch.equal(history[:, :3], clip.x0[:, :3])
         else:
