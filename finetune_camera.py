@@ -138,7 +138,8 @@ def start_model(cfg, run):
         if model.cfg.camera == 'none':
             model = add_camera(model, cfg.camera)
         run.say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {model.cfg.camera}')
-        model.cfg.sink = model.cfg.sink or cfg.sink
+        if cfg.sink:
+            model.cfg.sink, model.cfg.eviction = True, 'chunks'            # as it is trained here
         return model
     if cfg.camera != 'none' and cfg.init not in (Config.init, 'none'):
         raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')

@@ -144,7 +144,8 @@ def start_model(cfg, run):
         model.cfg.chunk = cfg.chunk
         model.cfg.first_chunk = 1
     chunk_ids(cfg.frames, model.cfg.chunk, model.cfg.first_chunk)          # raises if it does not divide
-    model.cfg.sink = model.cfg.sink or cfg.sink
+    if cfg.sink:
+        model.cfg.sink, model.cfg.eviction = True, 'chunks'                # as it is trained here
     return model
 
 
