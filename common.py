@@ -75,6 +75,8 @@ def command_line(main, Config, doc):
         check_limits(cfg)
         main(cfg)
     except (BadInput, OSError, OverflowError) as e:
+        if dist.is_initialized():                              # else gloo's threads may abort the exit
+            dist.destroy_process_group()
         sys.exit(f'error: {e}')
 
 # -----------------------------------------------------------------------------

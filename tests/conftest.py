@@ -47,7 +47,8 @@ def _script(script, args, cwd, env, log):
 
 
 def free_port():
-    """A port below those from which systems take the ports of outgoing connections, so that none takes it meanwhile."""
+    """A port below those from which systems take the ports of outgoing connections: of one of theirs, a connection that
+    is made before rank 0 listens (gloo makes some) could take it, and the other rank would wait for ever."""
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as s:
@@ -72,7 +73,10 @@ def start(script, *args, torchrun=0, cwd=ROOT, **env):
 def finish(ps, logs, ok=True):
     """Wait for what was started; returns its output. With ok=False it must fail with one clear sentence."""
     for p in ps:
-        p.join()
+        p.join(LONGEST + 60)                                  # faulthandler has ended it by then, and said where it stood
+        if p.is_alive():
+            p.kill()
+            p.join()
     out, errs = ([open(f'{logs.name}/{r}.{end}').read() for r in range(len(ps))] for end in ('out', 'err'))
     if ok:
         report = [f'{p.name}, exit code {p.exitcode}:\n{err[-2000:]}' for p, err in zip(ps, errs)]
