@@ -5,233 +5,237 @@ World "folder": your own videos with a pose for every frame.
 
 DIR holds for each video
 
-    name.mp4       or a folder `name` of pictures (png, jpg), the frames in the order of their names
-    name.txt       its poses as RealEstate10K has them: a title, then a line for each frame: time, fx fy cx cy
-                   (normalised), 0 0, and the 3 x 4 world-to-camera matrix, row by row
-    or name.json   a list of 4 x 4 camera-to-world matrices (a view of 90 degrees is assumed), or minWM's
-                   {"0": {"extrinsic": 4 x 4 camera-to-world, "K": 3 x 3 in pixels}, "1": ...}
-    name.caption   if you like, what it shows
+    name.mp4       or .mov, .webm, .mkv, .avi, .gif, ...: every frame in it, once, whatever its rate;
+                   or a folder `name` of pictures (png, jpg), in the order of the numbers in their names
+    name.txt       its poses: RealEstate10K's or KITTI's lines
+    or name.json   a list of matrices, minWM's pose JSON, or a transforms.json; all are in worlds/poses.py
+    name.caption   if you like, what it shows, in UTF-8
 
-Axes are OpenCV's, as in camera.py; --pose_scale is how many metres a unit of the poses is. Instead of a
-folder, --videos may name minWM's input JSON, a list of {"caption": ..., "pose_str": "w-8, right-11"}, which
-stands beside videos/000000_w8right11/gen.mp4. A unit of its strings is a latent, so pose i is frame 4 i's.
+Where a pose file has no intrinsics, a view of 90 degrees is assumed. --pose_scale is how many metres a unit
+of the poses is. Instead of a folder, --videos may name minWM's input JSON, a list of {"caption": ...,
+"pose_str": "w-8, right-11"}, which stands beside videos/000000_w8right11/gen.mp4. A unit of its strings is a
+latent, so pose i is frame 4 i's.
 
 A video that does not fit is skipped, and `make` prints why. Every tenth video is held out, and the last one.
 """
 import functools
 import json
+import math
 import os
+import re
+import subprocess
+from dataclasses import dataclass
 
-import imageio.v3 as iio
 import numpy as np
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from torch.nn import functional
+from tqdm import tqdm
 
-from camera import (DEGREES, METRES, BadInput, crop_intrinsics, intrinsics, invert, make_pose, parse_keys,
-                    relative)
+from camera import BadInput, crop_intrinsics, intrinsics, relative
+from worlds.poses import (Poses, doubts, match_frames, minwm_keys, minwm_poses, natural, normalise,
+                          read_poses)
+from worlds.poses import load_poses, poses_to_keys    # stream.py takes them from here
 
 FOV = 90.0                        # degrees, horizontal: assumed where a pose file has no intrinsics
 MINWM_K = torch.tensor([.505051, .897868, .5, .5])
 MEAN_MOVE = .15                   # metres from frame to frame, where nobody knows the scale
 PICTURES = '.png', '.jpg', '.jpeg'
+VIDEOS = '.mp4 .m4v .mov .webm .mkv .avi .gif .mpg .mpeg .ts .mts .m2ts .wmv .flv .ogv .3gp'.split()
 
 # -----------------------------------------------------------------------------
-# poses
+# frames
 
-def parse_realestate(path, text):
-    """(w2c (F, 4, 4) float64, K (F, 4)) of a RealEstate10K file."""
-    rows = [line.split() for line in text.splitlines()[1:]]
-    for i, row in enumerate(rows, 2):
-        if len(row) != 19:
-            raise BadInput(f'{path}, line {i}: {len(row)} numbers, RealEstate10K has 19: '
-                           'time, fx fy cx cy, 0 0, 3 x 4 pose')
-    numbers = [float(x) for row in rows for x in row]
-    table = torch.tensor(numbers, dtype=torch.float64).view(-1, 19)
-    top = table[:, 7:].view(-1, 3, 4)
-    bottom = torch.tensor([0., 0, 0, 1], dtype=torch.float64).expand(len(table), 1, 4)
-    return torch.cat([top, bottom], 1), table[:, 1:5].float()
+@functools.cache
+def every_frame():
+    """ffmpeg's option that keeps every frame once, and its name: versions before 5.1 have another."""
+    options = subprocess.run([get_ffmpeg_exe(), '-h', 'long'], capture_output=True).stdout
+    return ['-fps_mode' if b'-fps_mode' in options else '-vsync', 'passthrough']
 
 
-def parse_json(text):
-    """(c2w (F, 4, 4) float64, K (F, 4) or None) of a list of matrices or of minWM's pose JSON."""
-    poses = json.loads(text)
-    K = None
-    if isinstance(poses, dict):
-        entries = [poses[key] for key in sorted(poses, key=int)]
-        poses = [entry['extrinsic'] for entry in entries]
-        if all(entry.get('K') for entry in entries):
-            pixels = torch.tensor([entry['K'] for entry in entries], dtype=torch.float32)
-            centre = pixels[:, :2, 2]
-            size = 2 * centre                                 # the picture is twice the principal point
-            focal = pixels[:, [0, 1], [0, 1]]
-            K = torch.cat([focal / size, centre / size], 1)
-    return torch.tensor(poses, dtype=torch.float64), K
+def ffmpeg(path, *output):
+    """The command that decodes a video, with options of the output."""
+    return [get_ffmpeg_exe(), '-nostdin', '-hide_banner', '-nostats', '-loglevel', 'repeat+level+info',
+            '-i', f'file:{path}', '-map', '0:V:0', *every_frame(), *output, '-']
 
 
-def check_poses(path, poses):
-    """Raise BadInput unless poses are (F, 4, 4) rotations and translations."""
-    if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not len(poses):
-        raise BadInput(f'{path}: shape {tuple(poses.shape)}, wanted (frames, 4, 4)')
-    R = poses[:, :3, :3]
-    orthogonal = (R @ R.mT - torch.eye(3)).abs().amax((1, 2)) < 1e-3
-    right_handed = torch.linalg.det(R) > 0
-    finite = poses.isfinite().all(2).all(1)
-    bad = ~(orthogonal & right_handed & finite)
-    if bad.any():
-        raise BadInput(f'{path}: pose {int(bad.nonzero()[0])} is not a rotation and a translation')
+def list_pictures(folder):
+    """The paths of the pictures in a folder, in the order of the numbers in their names."""
+    names = [name for name in os.listdir(folder)
+             if name.lower().endswith(PICTURES) and not name.startswith('.')]
+    return [os.path.join(folder, name) for name in sorted(names, key=natural)]
 
 
-def load_poses(path):
-    """(c2w (F, 4, 4), K (F, 4) normalised or None) of a pose file, .txt or .json. Raises BadInput that names
-    the file and the line or pose."""
-    realestate = path.endswith('.txt')
+def read_picture(path):
+    """A picture (H, W, 3) uint8; 16 bits of grey are scaled to 8."""
     try:
-        with open(path) as f:
-            text = f.read()
-        poses, K = parse_realestate(path, text) if realestate else parse_json(text)
-    except BadInput:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
-        raise BadInput(f'{path}: not a list of 4x4 matrices, nor minWM pose JSON, '
-                       f'nor RealEstate10K ({e})') from None
-    check_poses(path, poses)
-    c2w = invert(poses) if realestate else poses
-    return c2w.float(), K
+        with Image.open(path) as image:
+            if image.mode.startswith('I'):
+                grey = np.asarray(image).astype(float) / 257
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            return np.asarray(image.convert('RGB'))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadInput(f'{path}: damaged, or not a picture ({e})') from None
 
 
-def minwm_poses(keys, metres=0.08, degrees=3.0):
-    """Key string of n keys -> c2w (n + 1, 4, 4) as minWM walks: it turns and moves in the camera's own axes,
-    and its pitch is not clamped."""
-    pose = torch.eye(4, dtype=torch.float64)
-    poses = []
-    for held in [''] + parse_keys(keys):
-        amount = [(plus in held) - (minus in held) for plus, minus in ('da', 'ou', 'ws', 'lj', 'ik')]
-        shift = metres * pose.new_tensor(amount[:3])                  # right, down, forward
-        yaw, pitch = degrees * pose.new_tensor(amount[3:])
-        turn = make_pose(pose.new_zeros(3), yaw, pitch)
-        turn[:3, 3] = turn[:3, :3] @ shift
-        pose = pose @ turn
-        poses.append(pose)
-    return torch.stack(poses).float()
+def scan(path):
+    """((width, height), when each frame is shown (n,), seconds from the first; nan in a folder of pictures).
+    Decodes all of a video or folder, so that what is damaged is found now."""
+    if os.path.isdir(path):
+        shapes = [read_picture(picture).shape for picture in list_pictures(path)]
+        sizes = [(w, h) for h, w, _ in shapes]
+        times = [math.nan] * len(sizes)
+    else:
+        tell = 'showinfo,select=eq(n\\,0)'                    # of every frame, and hand on the first
+        done = subprocess.run(ffmpeg(path, '-vf', tell, '-f', 'null'), capture_output=True)
+        said = done.stderr.decode(errors='replace')
+        errors = re.findall(r'\[(?:error|fatal|panic)\] (.*)', said)
+        if errors or done.returncode:
+            raise BadInput(f'{path}: damaged, or not a video: {" ".join(errors[:1])}')
+        sizes = [(int(w), int(h)) for w, h in re.findall(r'\bs:(\d+)x(\d+) i:', said)]
+        times = re.findall(r'\bn: *\d+ pts: *\S+ pts_time:(\S+)', said)
+        times = [float(time.replace('NOPTS', 'nan')) for time in times]
+    if len(set(sizes)) > 1:
+        raise BadInput(f'{path}: its pictures are of different sizes')
+    if not (sizes and times):
+        raise BadInput(f'{path}: no frames in it')
+    when = torch.tensor(times, dtype=torch.float64)
+    return sizes[0], when - when[0]
 
 
-def poses_to_keys(c2w, metres=METRES, degrees=DEGREES):
-    """Poses (F, 4, 4) -> F - 1 keys, those whose motion is over half a unit. Undoes keys_to_poses exactly."""
-    R, t = c2w[:, :3, :3].double(), c2w[:, :3, 3].double()
-    yaw = torch.atan2(R[:, 0, 2], R[:, 2, 2])
-    pitch = torch.asin(-R[:, 1, 2])
-    turn = (torch.rad2deg(yaw).diff() + 180) % 360 - 180              # degrees, by the short way round
-    tilt = torch.rad2deg(pitch).diff()
-    dx, dy, dz = t.diff(dim=0).unbind(-1)
-    sin = yaw[1:].sin()
-    cos = yaw[1:].cos()
+def read_ppm(pipe):
+    """The next picture (H, W, 3) uint8 of a stream of PPM files."""
+    pipe.readline()                                           # P6
+    width, height = map(int, pipe.readline().split())
+    pipe.readline()                                           # 255
+    return np.frombuffer(pipe.read(height * width * 3), np.uint8).reshape(height, width, 3)
 
-    keys = [''] * len(dx)
-    axes = {
-        'ws': (dx * sin + dz * cos) / metres,
-        'da': (dx * cos - dz * sin) / metres,
-        'lj': turn / degrees,
-        'ik': tilt / degrees,
-        'ou': dy / metres,
-    }
-    for (plus, minus), motion in axes.items():
-        for i, units in enumerate(motion.tolist()):
-            if abs(units) > 0.5:
-                keys[i] += plus if units > 0 else minus
-    return keys
+
+def read_frames(path, numbers):
+    """Yield the pictures (H, W, 3) uint8 of a video or folder that have these numbers, which rise. A video is
+    decoded from its start: frames are counted, not sought."""
+    if os.path.isdir(path):
+        pictures = list_pictures(path)
+        yield from (read_picture(pictures[i]) for i in numbers)
+        return
+    first, last = numbers[0], numbers[-1]
+    part = f'select=between(n\\,{first}\\,{last})'
+    command = ffmpeg(path, '-vf', part, '-frames:v', str(last - first + 1),
+                     '-f', 'image2pipe', '-c:v', 'ppm', '-pix_fmt', 'rgb24')
+    wanted = set(numbers)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        for i in range(first, last + 1):
+            picture = read_ppm(process.stdout)
+            if i in wanted:
+                yield picture
+
+
+def load_frames(path, indices, change=np.asarray):
+    """The pictures (H, W, 3) uint8 at `indices` of a video or folder, each as `change` makes it, stacked."""
+    numbers, places = np.unique(indices, return_inverse=True)
+    try:
+        pictures = [change(picture) for picture in read_frames(path, numbers.tolist())]
+    except (OSError, ValueError) as e:
+        raise BadInput(f'{path}: could be read before, but not any more ({e}): was it changed?') from None
+    return np.stack(pictures)[places.reshape(np.shape(indices))]
 
 # -----------------------------------------------------------------------------
 # videos
 
-def list_pictures(folder):
-    """The paths of the pictures in a folder, in the order of their names."""
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder)
-                  if name.lower().endswith(PICTURES))
+@dataclass
+class Video:
+    path: str
+    c2w: torch.Tensor             # (F, 4, 4) float64, in its own unit
+    K: torch.Tensor               # (F, 4) normalised
+    size: tuple                   # width, height
+    caption: str
+    notes: list                   # what is odd about it
 
 
-def count_frames(path):
-    """How many frames a video, or a folder of pictures of one size, has."""
-    if not os.path.isdir(path):
-        return sum(1 for _ in iio.imiter(path))
-    pictures = list_pictures(path)
-    if len({Image.open(picture).size for picture in pictures}) > 1:
-        raise BadInput(f'{path}: its pictures are of different sizes')
-    return len(pictures)
+def read_sidecars(path, ends):
+    """(Poses, caption) of the files {end: path} that stand beside a video."""
+    if '.txt' not in ends and '.json' not in ends:
+        raise BadInput(f'{path}: no poses beside it, a .txt or .json of the same name')
+    poses = read_poses(ends.get('.txt') or ends['.json'])
+    caption = ''
+    if '.caption' in ends:
+        try:
+            with open(ends['.caption'], encoding='utf-8-sig') as f:
+                caption = f.read().strip()
+        except UnicodeDecodeError as e:
+            raise BadInput(f'{ends[".caption"]}: not UTF-8 at byte {e.start}: save it as UTF-8') from None
+    return poses, caption
 
 
-def load_frames(path, indices):
-    """Pictures (n, H, W, 3) uint8 of a video or of a folder of pictures, at `indices`."""
-    if os.path.isdir(path):
-        pictures = list_pictures(path)
-        return np.stack([iio.imread(pictures[i], mode='RGB') for i in indices])
-    wanted = set(indices)
-    frames = {}
-    for i, frame in zip(range(max(indices) + 1), iio.imiter(path)):
-        if i in wanted:
-            frames[i] = frame
-    return np.stack([frames[i] for i in indices])
-
-
-def minwm_camera(keys):
-    """(c2w (F, 4, 4), K (F, 4)) of minWM's video of these keys: a pose for every 4 frames."""
-    c2w = minwm_poses(keys).repeat_interleave(4, 0)
-    return c2w, MINWM_K.expand(len(c2w), 4)
+def read_keys(path, keys, caption):
+    """(Poses, caption) of minWM's video of these keys: a pose for every 4 frames."""
+    c2w = minwm_poses(minwm_keys(path, keys)).double().repeat_interleave(4, 0)
+    ones = torch.ones(len(c2w), 2)
+    return Poses(c2w, MINWM_K.expand(len(c2w), 4), ones), caption
 
 
 def list_minwm(path):
     """What list_videos yields, for minWM's input JSON."""
     try:
-        with open(path) as f:
-            entries = [(entry['pose_str'].lower(), str(entry.get('caption', ''))) for entry in json.load(f)]
+        with open(path, encoding='utf-8-sig') as f:
+            entries = [(entry['pose_str'].lower(), str(entry.get('caption') or '')) for entry in json.load(f)]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadInput(f'{path}: not a list of {{"caption": ..., "pose_str": "w-8, right-11"}} '
                        f'({e!r})') from None
     for i, (keys, caption) in enumerate(entries):
-        keys = keys.replace(' ', '').replace('-', '*')
         slug = ''.join(letter for letter in keys if letter.isalnum())
-        for word, key in (('up', 'i'), ('down', 'k'), ('right', 'l'), ('left', 'j')):
-            keys = keys.replace(word, key)
-        video = f'{os.path.dirname(path)}/videos/{i:06d}_{slug}/gen.mp4'
-        yield video, functools.partial(minwm_camera, keys), caption
+        video = os.path.join(os.path.dirname(path), 'videos', f'{i:06d}_{slug}', 'gen.mp4')
+        yield video, functools.partial(read_keys, video, keys, caption)
 
 
 def list_videos(folder):
-    """Yield (path of the video, function that reads its (c2w, K), caption) of all videos in a folder, or in
+    """Yield (path of the video, function that reads its (Poses, caption)) of all videos in a folder, or in
     minWM's input JSON."""
     if folder.endswith('.json'):
         yield from list_minwm(folder)
         return
-    files = os.listdir(folder) if os.path.isdir(folder) else []
-    for name in sorted({os.path.splitext(file)[0] for file in files}):
-        path = f'{folder}/{name}'
-        video = path + '.mp4' if os.path.exists(path + '.mp4') else path
-        poses = path + '.txt' if os.path.exists(path + '.txt') else path + '.json'
-        caption = ''
-        if os.path.exists(path + '.caption'):
-            with open(path + '.caption') as f:
-                caption = f.read().strip()
-        yield video, functools.partial(load_poses, poses), caption
+    videos = {}                                               # {name: {end: path}}
+    for file in sorted(os.listdir(folder)):
+        path = os.path.join(folder, file)
+        name, end = (file, '') if os.path.isdir(path) else os.path.splitext(file)
+        if not file.startswith('.'):
+            videos.setdefault(name, {})[end.lower()] = path
+    for name, ends in videos.items():
+        path = next((ends[end] for end in (*VIDEOS, '') if end in ends), None)
+        if path or '.txt' in ends or '.json' in ends:
+            path = path or os.path.join(folder, name)
+            yield path, functools.partial(read_sidecars, path, ends)
+
+
+def open_video(path, read, span):
+    """A Video with a pose for each of at least `span` frames. Raises BadInput if it is not one."""
+    if not os.path.exists(path):
+        raise BadInput(f'{path}: no such video ({", ".join(VIDEOS)}), nor a folder of pictures')
+    poses, caption = read()
+    size, when = scan(path)
+    K = normalise(poses, *size)
+    c2w, K, notes = match_frames(path, poses, K, when)
+    if len(c2w) < span:
+        raise BadInput(f'{path}: {len(c2w)} frames, {span} are wanted: '
+                       'use fewer --frames or a smaller --stride')
+    notes += doubts(poses, K, *size)
+    if K is None:
+        K = intrinsics(FOV, size[0] / size[1]).expand(len(c2w), 4)
+    return Video(path, c2w, K, size, caption, notes)
 
 
 @functools.lru_cache(maxsize=1)
 def find_videos(folder, span):
-    """([(path, c2w, K or None, caption)] of the videos with a pose for each of at least `span` frames, [why
-    not the others])."""
+    """([the videos with a pose for each of at least `span` frames], [why not the others])."""
     good, bad = [], []
-    for path, read, caption in list_videos(folder):
+    for path, read in tqdm(list(list_videos(folder)), 'videos', leave=False):
         try:
-            if not os.path.exists(path):
-                raise BadInput(f'{path}: no such video, nor a folder of pictures')
-            c2w, K = read()
-            n = count_frames(path)
-            if n > len(c2w):
-                raise BadInput(f'{path}: {n} frames, but {len(c2w)} poses')
-            if n < span:
-                raise BadInput(f'{path}: {n} frames, {span} are wanted')
-            good.append((path, c2w[:n], K, caption))
-        except (BadInput, OSError, ValueError) as e:
+            good.append(open_video(path, read, span))
+        except BadInput as e:
             bad.append(str(e))
+        except (OSError, ValueError, RuntimeError) as e:
+            bad.append(f'{path}: {e}')
     return good, bad
 
 # -----------------------------------------------------------------------------
@@ -244,17 +248,31 @@ def video_span(cfg):
 
 def check(cfg):
     """Print which videos are found and which are skipped. Raise BadInput if no clips can be made of them."""
-    if not cfg.pose_scale:
+    if cfg.pose_scale != -1 and not 0 < cfg.pose_scale < math.inf:
         raise BadInput('--world folder: say what a unit of the poses is: --pose_scale METRES, '
                        'or -1 where nobody knows')
-    if cfg.videos.endswith('.json') and not cfg.wan and cfg.stride % 4:
+    if cfg.stride < 1:
+        raise BadInput(f'--stride {cfg.stride}: at least 1')
+    minwm = cfg.videos.endswith('.json')
+    if not (os.path.isfile(cfg.videos) if minwm else os.path.isdir(cfg.videos)):
+        raise BadInput(f'--videos {cfg.videos}: no such folder; name one that holds videos and their poses, '
+                       'or the input JSON of minWM')
+    if minwm and not cfg.wan and cfg.stride % 4:
         raise BadInput(f'--stride {cfg.stride}: the poses of minWM belong to every fourth frame: '
                        'use --stride 4, or --wan')
-    good, bad = find_videos(cfg.videos, video_span(cfg))
+    span = video_span(cfg)
+    good, bad = find_videos(cfg.videos, span)
     print(f'{cfg.videos}: {len(good)} videos, {len(bad)} skipped', *bad, sep='\n  ')
+    for video in good:
+        for note in video.notes:
+            print(f'warning: {video.path}: {note}')
+    if len(good) == 1:
+        print(f'warning: {good[0].path} is the only video: the held-out clips are of it as well, '
+              'so that scores say nothing about other videos')
     if not good:
-        raise BadInput(f'--videos {cfg.videos}: no video with a pose for every frame; '
-                       'see worlds/folder.py on what belongs there')
+        raise BadInput(f'--videos {cfg.videos}: no video with a pose for every frame and the {span} '
+                       f'frames of a clip of --frames {cfg.frames} --stride {cfg.stride}: '
+                       'what is wrong with each stands above, worlds/folder.py says what belongs there')
 
 
 def choose_videos(videos, split):
@@ -269,6 +287,18 @@ def choose_videos(videos, split):
     return chosen
 
 
+def choose_window(cfg, videos, split, i):
+    """(the number of a video, the numbers of the frames in it (F,)) of clip i. Training clips come in the
+    order of their videos, so that a shard decodes few of them. Held-out clips take turns, because scores
+    compare a clip with the next one's path."""
+    r = np.random.default_rng([cfg.seed, 5 + split, i])
+    number = i % len(videos) if split == 1 else i * len(videos) // cfg.clips
+    start = int(r.integers(len(videos[number].c2w) - video_span(cfg) + 1))
+    if cfg.videos.endswith('.json'):
+        start -= start % 4                                    # minWM's poses belong to every fourth frame
+    return number, start + cfg.stride * np.arange(cfg.frames)
+
+
 def crop_box(H, W, cfg):
     """(x, y, width, height) in pixels of the middle of an H x W picture, in the aspect of the clips."""
     height = min(H, W * cfg.height / cfg.width) / H           # as fractions of the picture
@@ -276,6 +306,16 @@ def crop_box(H, W, cfg):
     x = round((1 - width) / 2 * W)
     y = round((1 - height) / 2 * H)
     return x, y, round(width * W), round(height * H)
+
+
+def crop_picture(picture, cfg):
+    """A picture (H, W, 3) uint8, cropped to the aspect of the clips and resized."""
+    H, W, _ = picture.shape
+    x, y, width, height = crop_box(H, W, cfg)
+    middle = torch.tensor(picture[y:y + height, x:x + width]).movedim(-1, 0)
+    size = cfg.height, cfg.width
+    small = functional.interpolate(middle[None].float(), size, mode='bilinear', antialias=True)
+    return small[0].round().clamp(0, 255).byte().movedim(0, -1).numpy()
 
 
 def metres_in_a_unit(c2w, cfg):
@@ -286,39 +326,30 @@ def metres_in_a_unit(c2w, cfg):
     return MEAN_MOVE / max(1e-6, mean_move)
 
 
-def cut_clip(cfg, video, r):
-    """A random window of a video, cropped to the aspect of the clips and resized: (frames (F, H, W, 3) uint8,
-    c2w (F, 4, 4) in metres from its first frame, K (4,))."""
-    path, c2w, K, _ = video
-    start = int(r.integers(len(c2w) - video_span(cfg) + 1))
-    if cfg.videos.endswith('.json'):
-        start -= start % 4                                    # minWM's poses belong to every fourth frame
-    window = start + cfg.stride * np.arange(cfg.frames)
-
-    frames = torch.from_numpy(load_frames(path, window.tolist()))
-    frames = frames.movedim(-1, 1).float()                    # (F, 3, H, W)
-    H, W = frames.shape[2:]
+def cut_cameras(cfg, video, window):
+    """(c2w (F, 4, 4) in metres from the first, K (4,) of the cropped picture) of some frames of a video."""
+    W, H = video.size
     x, y, width, height = crop_box(H, W, cfg)
-    frames = frames[:, :, y:y + height, x:x + width]
-    frames = functional.interpolate(frames, (cfg.height, cfg.width), mode='bilinear', antialias=True)
-    K = intrinsics(FOV, W / H) if K is None else K[window[0]]
-    K = crop_intrinsics(K, x / W, y / H, width / W, height / H)
-
-    poses = relative(c2w[None, window])[0]
-    poses[:, :3, 3] *= metres_in_a_unit(c2w, cfg)
-    return frames.round().clamp(0, 255).byte().movedim(1, -1), poses, K
+    K = crop_intrinsics(video.K[window[0]], x / W, y / H, width / W, height / H)
+    c2w = relative(video.c2w[None, window])[0]
+    c2w[:, :3, 3] *= metres_in_a_unit(video.c2w, cfg)
+    return c2w.float(), K
 
 
 def folder_clips(cfg, split, indices):
     """Cut clips out of the videos: dict of tensors as a shard of data.py holds them, and captions. Clip i
-    depends on (seed, split, i) alone."""
+    depends on (seed, split, i) and the number of clips alone."""
     videos, _ = find_videos(cfg.videos, video_span(cfg))
     videos = choose_videos(videos, split)
-    clips, captions = [], []
-    for i in indices:
-        r = np.random.default_rng([cfg.seed, 5 + split, i])
-        video = videos[int(r.integers(len(videos)))]
-        clips.append(cut_clip(cfg, video, r))
-        captions.append(video[-1])
-    frames, c2w, K = (torch.stack(column) for column in zip(*clips))
-    return dict(frames=frames, c2w=c2w, K=K), captions
+    chosen = [choose_window(cfg, videos, split, i) for i in indices]
+    crop = functools.partial(crop_picture, cfg=cfg)
+    frames = {}
+    for number in {number for number, _ in chosen}:           # a video is decoded once for all of its clips
+        places = [place for place, (other, _) in enumerate(chosen) if other == number]
+        windows = [chosen[place][1] for place in places]
+        frames |= zip(places, load_frames(videos[number].path, windows, crop))
+
+    frames = [torch.from_numpy(frames[place]) for place in range(len(chosen))]
+    c2w, K = zip(*[cut_cameras(cfg, videos[number], window) for number, window in chosen])
+    tensors = dict(frames=torch.stack(frames), c2w=torch.stack(c2w), K=torch.stack(K))
+    return tensors, [videos[number].caption for number, _ in chosen]
