@@ -473,8 +473,9 @@ def make_shard(job):
     save_tensors(f'{folder}/{file}', tensors, {'captions': captions})
 
     if split == 0 and indices[0] == 0:                        # a contact sheet: pictures, decoded below them
-        decoded = (codec.decode(latents[:8]).cpu() * 255).byte()
-        rows = torch.stack([frames[:8], decoded])[:, :, ::2 * codec.stride]
+        some = list(range(0, len(frames), max(1, len(frames) // 8)))[:8]             # neighbours may be alike
+        decoded = (codec.decode(latents[some]).cpu() * 255).byte()
+        rows = torch.stack([frames[some], decoded])[:, :, ::2 * codec.stride]
         iio.imwrite(f'{folder}/sheet.png', rearrange(rows, 'v b f h w c -> (b v h) (f w) c').numpy())
     return {'file': file, 'clips': len(indices)}
 
@@ -487,8 +488,8 @@ def load_manifest(folder):
         with open(f'{folder}/manifest.json') as f:
             return json.load(f)
     except (OSError, ValueError) as e:
-        raise BadInput(f'{folder}/manifest.json: no clips there ({e}): '
-                       f'run python data.py --out {folder}') from None
+        raise BadInput(f'{folder}: no clips there ({e}): name another folder, or make them, '
+                       f'as by python data.py --out {folder}') from None
 
 
 class Clips:
@@ -548,9 +549,11 @@ class Clips:
 
 
 def open_clips(cfg, run):
-    """(training clips, held-out clips) of the folder cfg.data, which rank 0 makes if it is missing."""
-    if run.rank == 0 and not os.path.exists(f'{cfg.data}/manifest.json'):
-        make(Config(out=cfg.data))
+    """(training clips, held-out clips) of the folder cfg.data. Rank 0 makes the default one if it is missing;
+    another name may be a slip."""
+    default = f'data/{Config.world}'
+    if run.rank == 0 and cfg.data == default and not os.path.exists(f'{default}/manifest.json'):
+        make(Config())
     run.barrier()
     return Clips(cfg.data), Clips(cfg.data, 'val')
 
@@ -604,7 +607,7 @@ def draw_sample(clips, j, frames, cfg, seed, whole):
         frames = max(frames, length)
     if length < frames:
         raise BadInput(f'the clips have {length} frames, {frames} are asked for: '
-                       'use fewer --frames or longer clips')
+                       f'use --frames {length} or fewer, or make longer clips')
     start = r.integers(length - frames + 1) if train else 0
     if clips.embedded:
         from worlds.wan import pad_text

@@ -239,18 +239,20 @@ def test_make_is_all_or_nothing(data, tmp_path):
     assert os.listdir(tmp_path) == ['file']
 
 
-def test_open_clips_makes_what_is_missing_once_and_waits_for_it(data, tmp_path, monkeypatch):
+def test_open_clips_makes_only_the_default_once_and_waits_for_it(data, tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr('data.make', lambda cfg: events.append(f'make {cfg.out}'))
+    monkeypatch.setattr('data.make', lambda cfg: events.append(f'make {cfg.world}'))
+    monkeypatch.chdir(tmp_path)
     for rank in (1, 0):
         run = types.SimpleNamespace(rank=rank, world=2, barrier=lambda: events.append('wait'))
         train, val = open_clips(types.SimpleNamespace(data=data), run)
         assert (train.split, val.split, len(train), len(val)) == ('train', 'val', 12, 4) and events == ['wait']
         events.clear()
-        with pytest.raises(BadInput, match='no clips there'):  # since this make makes nothing
-            open_clips(types.SimpleNamespace(data=str(tmp_path / 'none')), run)
-        assert events == [f'make {tmp_path}/none', 'wait'][rank:]
-        events.clear()
+        for name, made in (('data/lowpoly', ['make lowpoly', 'wait']), ('data/lowpolly', ['wait'])):
+            with pytest.raises(BadInput, match=f'{name}: no clips there'):  # since this make makes nothing
+                open_clips(types.SimpleNamespace(data=name), run)
+            assert events == (made[-1:] if rank else made)
+            events.clear()
 
 
 def test_worlds_are_found_by_name():
