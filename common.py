@@ -542,12 +542,17 @@ def score(evaluate, cfg, stage, run, model, ema, clips, log, step):
 # -----------------------------------------------------------------------------
 # gates: is this stage healthy?
 
-def gate(stage, preset, metrics):
-    """Compare metrics with the thresholds of expected/<preset>.json; returns the line to print."""
+def gate(stage, preset, metrics, recipe=None):
+    """Compare metrics with the thresholds of expected/<preset>.json, which hold for the clips that it names.
+    recipe: the clips' own, if they may be others. Returns the line to print."""
     path = pathlib.Path(__file__).parent / f'expected/{preset}.json'
     if not path.exists():
         return f'gate: none for preset {preset} (expected/{preset}.json is missing)'
     expected = json.loads(path.read_text())
+    for name, value in expected['clips'].items():
+        if recipe and recipe.get(name) != value:
+            return (f'gate: none for these clips: expected/{preset}.json holds for {name} {value}, '
+                    f'not {recipe.get(name)}')
     thresholds = expected.get(stage, {}).get('thresholds', {})
     parts, advice = [], ''
     for name, (sign, limit) in thresholds.items():

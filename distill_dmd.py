@@ -537,7 +537,7 @@ def report_best(path, cfg, run, clips):
         save_model(f'{path}.safetensors', model.state_dict(), model.cfg, **header)
     text = ', '.join(f'{name} {value:.3f}' for name, value in header['metrics'].items())
     print(f'{path}.safetensors, step {header["step"]}: {text}')
-    print(gate('dmd', cfg.preset, header['metrics']))
+    print(gate('dmd', cfg.preset, header['metrics'], clips.manifest['recipe']))
 
 
 if __name__ == '__main__':

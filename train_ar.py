@@ -220,7 +220,7 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
                    metrics=metrics, frames=cfg.frames, context=getattr(cfg, 'context', 0.0),
                    data=held_out.manifest, command=' '.join(sys.argv))
         print(f'{path}.safetensors, {path}.png')
-        print(gate(stage, cfg.preset, metrics))
+        print(gate(stage, cfg.preset, metrics, held_out.manifest['recipe']))
     run.end()
 
 

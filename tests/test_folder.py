@@ -11,6 +11,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 import worlds.folder
 from camera import BadInput, crop_intrinsics, invert, keys_to_poses, make_pose, relative
+from common import gate
 from conftest import run
 from data import Clips, Config, decode, psnr
 from worlds.folder import (check, choose_videos, every_frame, find_videos, folder_clips, list_pictures, load_frames,
@@ -422,3 +423,10 @@ def test_minwm_strings_as_people_write_them():
     for text in ('w-', 'q-2', 'w--2', 'forward-3', 'w-2;s-2'):
         with pytest.raises(BadInput, match='^a.mp4: its pose_str has the group'):
             minwm_keys('a.mp4', text)
+
+
+def test_gates_hold_for_the_clips_that_they_were_measured_on():
+    lowpoly = vars(Config())
+    assert gate('ar', 'nano', {'val_loss': 9.}, lowpoly).startswith('gate: FAIL')
+    for recipe in (lowpoly | {'world': 'folder'}, lowpoly | {'plans': 1}, lowpoly | {'height': 128}):
+        assert gate('ar', 'nano', {'val_loss': 9.}, recipe).startswith('gate: none for these clips')
