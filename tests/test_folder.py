@@ -404,6 +404,9 @@ def test_check_says_what_is_odd(folder, tmp_path, capsys):
     realestate((tmp_path / 'c.txt'), K=(.6, .6, .5, .5))
     (tmp_path / 'c.MOV').symlink_to(folder / 'a.mp4')
     assert f'warning: {tmp_path / "c.MOV"}: fx W / (fy H) is 1.50' in say()
+    (tmp_path / 'd.mp4').symlink_to(folder / 'a.mp4')
+    (tmp_path / 'd.json').write_text(json.dumps(C2W.tolist()))
+    assert f'{tmp_path / "d.mp4"}: its poses come without intrinsics: a view 90 degrees wide is assumed' in say()
     with pytest.raises(BadInput, match='33 frames of a clip of --frames 5 --stride 8'):
         say(stride=8)
     assert 'a.mp4: 17 frames, 33 are wanted: use fewer --frames or a smaller --stride' in capsys.readouterr().out

@@ -222,6 +222,7 @@ def open_video(path, read, span):
     notes += doubts(poses, K, *size)
     if K is None:
         K = intrinsics(FOV, size[0] / size[1]).expand(len(c2w), 4)
+        notes.append(f'its poses come without intrinsics: a view {FOV:g} degrees wide is assumed')
     return Video(path, c2w, K, size, caption, notes)
 
 
