@@ -144,9 +144,9 @@ def test_frames_and_poses_of_other_rates_are_matched_by_their_times():
     c2w, _, notes = match_frames('a.mp4', poses, K, by_number.double())
     assert c2w.equal(poses.c2w[:39]) and not notes
     assert not match_frames('a.mp4', poses, K, by_number[:20].double())[2]      # a video that was cut short
-    unknown = torch.full((20,), torch.nan, dtype=torch.float64)                # a folder of pictures
+    unknown = torch.full((36,), torch.nan, dtype=torch.float64)                # a folder of pictures
     c2w, _, notes = match_frames('a', poses, K, unknown)
-    assert c2w.equal(poses.c2w[:20]) and 'the first 20 are used' in notes[0]
+    assert c2w.equal(poses.c2w[:36]) and 'the first 36 are used' in notes[0]
     for rate, seconds in (10., '3.90'), (60., '0.65'):                        # a pose a frame, at a wrong rate
         c2w, _, notes = match_frames('a.mp4', poses, K, torch.arange(40) / rate)
         assert c2w.equal(poses.c2w) and f'the poses last 1.30 s and the frames {seconds} s' in notes[0]

@@ -223,7 +223,7 @@ def match_frames(path, poses, K, when):
                          f'the poses last {times[-1]:.2f} s and the frames {when[-1]:.2f} s')
     if n > N:
         raise BadInput(f'{path}: {n} frames, but {N} poses')
-    if N >= 1.5 * n and not alike:
+    if N > n + 3 and not alike:                               # minWM's videos leave 3 over
         notes.append(f'{n} frames, but {N} poses: the first {n} are used; are they of another rate?')
     return poses.c2w[:n], K if K is None else K[:n], notes
 
