@@ -235,14 +235,14 @@ def read_path(cfg, header, model_cfg):
     """The path that --poses or --keys describe, in whole chunks: c2w (1, F, 4, 4) relative to its start, and
     the keys held in each of the F frames."""
     if cfg.poses:
-        from worlds.folder import load_poses, poses_to_keys
+        from worlds.poses import load_poses, poses_to_keys
         c2w, _ = load_poses(cfg.poses)
         keys = poses_to_keys(relative(c2w[None])[0])
     else:
         keys = parse_keys(cfg.keys)
         c2w = keys_to_poses(keys)
         if header['stage'] == 'wan' and model_cfg.camera == 'prope':      # these know minWM's steps
-            from worlds.folder import minwm_poses
+            from worlds.poses import minwm_poses
             c2w = minwm_poses(cfg.keys)
     c2w = relative(c2w[None])
     keys = [''] + keys                                    # frame 0 is the start

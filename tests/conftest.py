@@ -47,8 +47,8 @@ def _script(script, args, cwd, env, log):
 
 
 def free_port():
-    """A port below those from which systems take the ports of outgoing connections: of one of theirs, a connection that
-    is made before rank 0 listens (gloo makes some) could take it, and the other rank would wait for ever."""
+    """A port below those that a system gives to outgoing connections: one of these, made before rank 0 listens, could
+    take it, and the other rank would wait for ever."""
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as s:
@@ -73,7 +73,7 @@ def start(script, *args, torchrun=0, cwd=ROOT, **env):
 def finish(ps, logs, ok=True):
     """Wait for what was started; returns its output. With ok=False it must fail with one clear sentence."""
     for p in ps:
-        p.join(LONGEST + 60)                                  # faulthandler has ended it by then, and said where it stood
+        p.join(LONGEST + 60)                                  # by then faulthandler has said where it stood
         if p.is_alive():
             p.kill()
             p.join()

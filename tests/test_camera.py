@@ -6,7 +6,7 @@ import torch
 
 from camera import (KEYS, METRES, BadInput, Camera, crop_intrinsics, intrinsics, invert, keys_to_poses, make_pose,
                     moves, parse_keys, plucker, pose_error, rays, relative, starts_elsewhere)
-from worlds.folder import poses_to_keys
+from worlds.poses import poses_to_keys
 
 
 def random_poses(*shape):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from camera import Camera, invert, relative
 from model import (DiT, ModelConfig, causal_mask, chunk_ids, project, rotary_table, rotate, schedule, sinusoid,
                    teacher_forcing_mask)
-from worlds.folder import minwm_poses
+from worlds.poses import minwm_poses
 
 GOLDEN = os.environ.get('GOLDEN')
 pytestmark = pytest.mark.skipif(not GOLDEN, reason='GOLDEN is not set: the folder of golden files')

@@ -36,7 +36,6 @@ from tqdm import tqdm
 from camera import BadInput, crop_intrinsics, intrinsics, relative
 from worlds.poses import (Poses, doubts, match_frames, minwm_keys, minwm_poses, natural, normalise,
                           read_poses)
-from worlds.poses import load_poses, poses_to_keys    # stream.py takes them from here
 
 FOV = 90.0                        # degrees, horizontal: assumed where a pose file has no intrinsics
 MINWM_K = torch.tensor([.505051, .897868, .5, .5])
