@@ -23,8 +23,9 @@ Signs, worked by hand. Yaw by +a about y and pitch by +a about x are
 
 R = Ry(yaw) Rx(pitch): yaw turns about the world's up, whatever the pitch. Walking (w s a d) stays level,
 u and o (minWM: u and dn) move straight up and down. Pitch is clamped to +-MAX_PITCH degrees.
-Key strings are minWM's, plus compound keys: "w*12,wl*6" is 12 frames forward, then 6 forward while turning
-right; an empty group such as "*3" stands still. Frame 0 is the start, so n keys make n + 1 poses.
+Key strings are minWM's, of both its kinds, plus compound keys: "w*12,wl*6", or "w-12, wright-6", is 12 frames
+forward, then 6 forward while turning right; an empty group such as "*3" stands still. Frame 0 is the start,
+so n keys make n + 1 poses.
 """
 import math
 import re
@@ -183,17 +184,28 @@ def plucker(c2w, K, H, W):
 # -----------------------------------------------------------------------------
 # keys
 
+# minWM's words: its data say "right-6" where its command line says "l*6"
+WORDS = {'left': 'j', 'right': 'l', 'up': 'i', 'down': 'k', 'dn': 'o'}
+
+
 def parse_keys(text):
-    """"w*12,wl*6" -> ['w'] * 12 + ['wl'] * 6. Raises BadInput that names the malformed group."""
+    """"w*12,wl*6" -> ['w'] * 12 + ['wl'] * 6. As in minWM, a comma at the end says nothing, and 6.5 frames
+    are 6. Raises BadInput that names the malformed group."""
+    words = '|'.join(WORDS)
+    groups = text.split(',')
+    if len(groups) > 1 and not groups[-1].strip():
+        groups.pop()
     keys = []
-    for i, group in enumerate(text.split(','), 1):
+    for i, group in enumerate(groups, 1):
         group = group.strip()
-        match = re.fullmatch(rf'((?:dn|[{KEYS}])*)(?:\*(\d+))?', group)
+        match = re.fullmatch(rf'((?:{words}|[{KEYS}])*)\s*(?:[*-]\s*(\d{{1,6}})(?:\.\d*)?)?', group)
         if not match or not group:
-            raise BadInput(f'keys: group {i} of "{text}" is "{group}": write letters of {KEYS} (or dn), '
-                           'then *count, as in "w*12,wl*6"')
-        letters, count = match.groups()
-        keys += [letters.replace('dn', 'o')] * int(count or 1)
+            raise BadInput(f'keys: group {i} of "{text}" is "{group}": write letters of {KEYS} or {words}, '
+                           'then *count, below a million, as in "w*12,wl*6"')
+        held, count = match.groups()
+        for word, key in WORDS.items():
+            held = held.replace(word, key)
+        keys += [held] * int(count or 1)
     return keys
 
 

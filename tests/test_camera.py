@@ -62,7 +62,16 @@ def test_keys_round_trip():
         assert poses_to_keys(keys_to_poses(k)) == [k]
 
 
-@pytest.mark.parametrize('text', ['', 'w*', 'q*3', 'w*3,,l*2', 'w3', 'w*-1', 'w*2 l*3', 'W*2'])
+@pytest.mark.parametrize('text, same', [
+    ('w-8, right-11', 'w*8,l*11'), ('up-2,down-3, left-1', 'i*2,k*3,j'), ('wright-2,upleft-1', 'wl*2,ij'),
+    ('w*2,', 'w*2'), ('w-2, right-2, ', 'w*2,l*2'), ('w-2.0,a-3.7,s*4.', 'w*2,a*3,s*4'), ('w - 2 , d -1', 'w*2,d'),
+])
+def test_strings_of_minwm_mean_what_they_mean_there(text, same):
+    assert parse_keys(text) == parse_keys(same)
+
+
+@pytest.mark.parametrize('text', ['', ',', 'w*', 'q*3', 'w*3,,l*2', 'w-8,,', 'w3', 'w*-1', 'w--1', 'w*2 l*3', 'W*2',
+                                  'wp-2', 'w*.5', 'w*1e3', 'w*10000000', 'w*' + '9' * 5000])
 def test_malformed_keys_name_the_group(text):
     with pytest.raises(BadInput, match='group'):
         parse_keys(text)
