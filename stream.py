@@ -13,6 +13,7 @@ Both give `rollout` (model.py) an iterator of cameras and take the pictures as t
 waits for keys. Scores and timings: python -m experiments.score, python -m experiments.bench.
 """
 import collections
+import functools
 import glob
 import json
 import logging
@@ -20,6 +21,7 @@ import math
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -215,20 +217,46 @@ def draw(picture, held):
     return np.array(image)
 
 
-def write_video(path, pictures, fps):
-    """Write pictures (H, W, 3) uint8, a list or a generator, as .mp4 or .gif. A crash leaves the old file."""
+@functools.lru_cache
+def video_codec():
+    """The codec for mp4 that ffmpeg has here, and its options. Not every build has libx264."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+        for codec, options in ('libx264', ['-crf', '18']), ('mpeg4', ['-q:v', '2']):
+            command = f'-v error -f rawvideo -pix_fmt rgb24 -s 64x64 -i - -vcodec {codec} -f null -'.split()
+            trial = subprocess.run([get_ffmpeg_exe(), *command], input=bytes(12288), capture_output=True)
+            if trial.returncode == 0:
+                return codec, options
+        why = trial.stderr.decode().strip().rpartition('\n')[2]
+    except (ImportError, RuntimeError, OSError) as e:
+        why = e
+    raise BadInput(f'no mp4 without a working ffmpeg ({why}): pip install "imageio[ffmpeg]", or write a .gif')
+
+
+def video_options(path, fps):
+    """What imageio is told for a video of this name."""
     extension = os.path.splitext(path)[1]
-    if extension == '.mp4':
-        options = dict(is_batch=True, fps=fps, codec='libx264', macro_block_size=2,
-                       output_params=['-crf', '18'])
-    elif extension == '.gif':
-        options = dict(duration=1000 / fps, loop=0)
-    else:
+    if extension == '.gif':
+        return dict(duration=1000 / fps, loop=0)
+    if extension != '.mp4':
         raise BadInput(f'--out {path}: end it in .mp4 or .gif')
+    codec, quality = video_codec()
+    return dict(is_batch=True, fps=fps, codec=codec, macro_block_size=2, output_params=quality)
+
+
+def write_video(path, pictures, fps):
+    """Write pictures (H, W, 3) uint8, a list or a generator, as .mp4 or .gif. Failing leaves the old."""
+    options = video_options(path, fps)
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    tmp = f'{path}.tmp{os.getpid()}{extension}'
-    iio.imwrite(tmp, pictures, **options)
-    os.replace(tmp, path)
+    tmp = f'{path}.tmp{os.getpid()}{os.path.splitext(path)[1]}'
+    try:
+        iio.imwrite(tmp, pictures, **options)
+        next(iio.imiter(tmp))                             # on a full disk ffmpeg breaks off without a word
+        os.replace(tmp, path)
+    except OSError as e:
+        raise BadInput(f'{path} cannot be written, is the disk full? ({str(e).splitlines()[0]})') from None
+    finally:
+        pathlib.Path(tmp).unlink(missing_ok=True)
 
 
 def read_path(cfg, header, model_cfg):
@@ -652,6 +680,7 @@ def main(cfg):
     if cfg.live:
         live(cfg)
     else:
+        video_options(cfg.out, cfg.fps)                   # complain before the work
         walk_to_file(cfg)
 
 

@@ -14,13 +14,15 @@ import time
 import urllib.request
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from camera import BadInput
 from conftest import ROOT
-from stream import Held
+from stream import Held, video_codec, write_video
 
 
 def test_held_keys_move_for_as_long_as_they_are_held():
@@ -232,6 +234,39 @@ def test_a_port_in_use_is_said():
         p = subprocess.run(command, capture_output=True, text=True)
     assert p.returncode == 1 and p.stderr.startswith('error: ')
     assert 'in use' in p.stderr and 'Traceback' not in p.stderr
+
+
+def test_a_film_that_breaks_off_leaves_the_old_one(tmp_path, monkeypatch):
+    film = tmp_path / 'walk.mp4'
+    film.write_bytes(b'an older film')
+    monkeypatch.setattr(iio, 'imwrite', lambda path, *_, **options: open(path, 'wb').write(b'half a film'))
+    with pytest.raises(BadInput, match='walk.mp4 cannot be written'):
+        write_video(str(film), [], 8)                         # as ffmpeg does on a full disk
+    assert film.read_bytes() == b'an older film' and os.listdir(tmp_path) == ['walk.mp4']
+
+
+def test_mp4_without_its_usual_codec_falls_back_or_says_why(tmp_path, monkeypatch):
+    ffmpeg, fake, film = imageio_ffmpeg.get_ffmpeg_exe(), tmp_path / 'ffmpeg', str(tmp_path / 'walk.mp4')
+    pictures = [np.full((64, 64, 3), i * 20, np.uint8) for i in range(10)]
+    monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', str(fake))
+
+    def lacks(word):
+        refuse = f'case "$*" in *{word}*) echo "Unknown encoder" >&2; exit 1;; esac'
+        fake.write_text(f'#!/bin/sh\n{refuse}\nexec {ffmpeg} "$@"\n')
+        fake.chmod(0o755)
+        video_codec.cache_clear()
+
+    lacks('libx264')
+    write_video(film, pictures, 8)
+    assert iio.immeta(film)['codec'] == 'mpeg4' and len(iio.imread(film)) == 10
+    lacks('-vcodec')
+    with pytest.raises(BadInput, match='Unknown encoder.*gif'):
+        write_video(film, pictures, 8)
+    monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', str(tmp_path / 'nowhere'))
+    video_codec.cache_clear()
+    with pytest.raises(BadInput, match='nowhere.*gif'):
+        write_video(film, pictures, 8)
+    video_codec.cache_clear()
 
 # -----------------------------------------------------------------------------
 # in a browser, driven through its DevTools protocol
