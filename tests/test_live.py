@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 from camera import BadInput
 from conftest import ROOT
-from stream import Held, video_codec, write_video
+from stream import Held, to_jpeg, video_codec, write_video
 
 
 def test_held_keys_move_for_as_long_as_they_are_held():
@@ -234,6 +234,27 @@ def test_a_port_in_use_is_said():
         p = subprocess.run(command, capture_output=True, text=True)
     assert p.returncode == 1 and p.stderr.startswith('error: ')
     assert 'in use' in p.stderr and 'Traceback' not in p.stderr
+
+
+def test_save_gives_the_walk_as_a_film(port):
+    with tab(port) as ws:
+        press(ws, 'w'), press(ws, 'j')
+        shown = [frame(ws)[1] for _ in range(12)]
+        press(ws, 'w', False), press(ws, 'j', False)
+        ws.send('{"save": true}')
+        while not (isinstance(data := ws.recv(60), bytes) and data.startswith(b'{"mp4"')):
+            pass
+    film = iio.imread(data.partition(b'\n')[2], extension='.mp4')
+    assert len(film) >= 12 and film.shape[1:] == (384, 384, 3)
+    pictures = film[:, 1:192:3, 1::3].astype(float)           # the upper half: no keys are drawn there
+    assert np.abs(pictures - shown[-1][0][:64]).mean((1, 2, 3)).min() < 8
+
+
+def test_the_tape_holds_compressed_pictures():
+    y, x = np.mgrid[:240, :416] / 40
+    picture = np.uint8(127 * np.stack([np.sin(x), np.cos(x * y), np.sin(y) > 0], -1) + 128)
+    jpeg = to_jpeg(picture)
+    assert len(jpeg) < picture.nbytes / 5 and np.abs(iio.imread(jpeg) - picture.astype(float)).mean() < 3
 
 
 def test_a_film_that_breaks_off_leaves_the_old_one(tmp_path, monkeypatch):
