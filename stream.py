@@ -21,7 +21,9 @@ import logging
 import math
 import os
 import pathlib
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -63,7 +65,7 @@ class Config:
     seed: int = 0
     # live, instead of to a file
     live: bool = False            # in the browser
-    host: str = '127.0.0.1'
+    host: str = '127.0.0.1'       # the address; then, after commas, other names that lead to it (of a proxy)
     port: int = 8000              # 0: any that is free
     browser: bool = True          # open the page
     data: str = ''                # folder of the held-out clips; not needed for lowpoly and doom
@@ -386,8 +388,19 @@ def to_jpeg(picture):
     return file.getvalue()
 
 
+def message(pictures=b'', **header):
+    """What is sent to the page: a line of JSON, then bytes."""
+    return json.dumps(header).encode() + b'\n' + pictures
+
+
+def is_number(x, below):
+    """Whether x is a number in [0, below): neither NaN nor True, which is a 1 in Python."""
+    return type(x) in (int, float) and 0 <= x < below
+
+
 class Live:
     """One walk, steered from the newest tab. `run` is the main thread; the server runs `tab` in threads."""
+    MOST_UNDER_WAY = 2                # messages that the page has not shown yet: more would be a lag
 
     def __init__(self, cfg, device, dtype):
         self.cfg = cfg
@@ -398,11 +411,13 @@ class Live:
         self.ckpts = {short_name(path): path for path in paths if '.resume.' not in path}
         self.model = self.kind = None
         self.asked = {}               # what the page has wished for so far
-        self.tape = collections.deque(maxlen=180 * cfg.fps)  # (JPEG, keys) of the last 3 minutes
 
         self.change = threading.Condition()               # guards all that follows
+        self.tape = collections.deque(maxlen=180 * cfg.fps)  # (JPEG, keys) of the last 3 minutes
         self.held = Held()
+        self.newest_tab = None        # the last that asked to open: threads may start in another order
         self.owner = None             # the tab that steers
+        self.under_way = 0            # messages with pictures that the owner has not shown yet
         self.paused = self.truth = False
         self.wish = dict(ckpt=short_name(cfg.ckpt), steps=cfg.steps,
                          prompt=cfg.prompt, clip=cfg.clip, start=cfg.first)
@@ -441,7 +456,7 @@ class Live:
         except (BadInput, OSError) as e:
             if self.model is None:
                 raise
-            self.publish(error=str(e))
+            self.tell(str(e))
             return
         self.model = model.to(self.dtype).eval()
         self.header = header
@@ -536,12 +551,19 @@ class Live:
                 self.change.wait(1 if still else rest)
         return None
 
-    def publish(self, pictures=b'', **header):
-        """Lay a message out for `send`: a line of JSON, then the bytes of the pictures."""
+    def publish(self, pictures, **header):
+        """Lay pictures out for `send`."""
         with self.change:
-            self.newest = json.dumps(header).encode() + b'\n' + pictures
+            self.newest = message(pictures, **header)
             self.count += 1
             self.change.notify_all()
+
+    def tell(self, error):
+        """Tell the tab that steers what went wrong. However slow it is, nothing waits for it."""
+        with self.change:
+            owner = self.owner
+        if owner:
+            in_background(lambda ws: ws.send(message(error=error)), owner)
 
     # the server's threads
 
@@ -549,22 +571,20 @@ class Live:
         """One tab from open to close. It takes the walk over from the tab before."""
         from websockets.exceptions import ConnectionClosed
         with self.change:
-            self.owner = ws
-            self.held = Held()
-            self.paused = self.truth = False
-            self.change.notify_all()
+            if ws is self.newest_tab:
+                self.owner = ws
+                self.held = Held()
+                self.under_way = 0
+                self.paused = self.truth = False
+                self.change.notify_all()
         try:
             # KEYS without u and o: the worlds are flat
             ws.send(json.dumps(dict(ckpts=list(self.ckpts), fps=self.cfg.fps, keys=KEYS[:-2])))
             in_background(self.send, ws)
             for text in ws:
-                message = json.loads(text)
-                if message == {'save': True}:
-                    in_background(self.save, ws)          # keys are heard meanwhile
-                else:
-                    self.hear(message)
-        except (ValueError, TypeError, RecursionError) as e:
-            ws.close(1003, str(e)[:100])
+                self.hear(ws, json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            ws.close(1003, 'not understood')
         except ConnectionClosed:
             pass
         finally:
@@ -574,23 +594,29 @@ class Live:
                     self.held = Held()
                 self.change.notify_all()
 
-    def hear(self, message):
+    def hear(self, ws, message):
         """What the page says. Anything that is not of these forms raises ValueError."""
         with self.change:
+            if self.owner is not ws:
+                return                                    # an older tab, until it is closed
             match message:
-                case {'key': str(key), 'down': bool(down), 't': int() | float() as t} if key in list(KEYS):
+                case {'key': str(key), 'down': bool(down), 't': t} if key in [*KEYS] and is_number(t, 1e15):
                     self.held.edge(key, down, time.perf_counter(), t)
+                case {'seen': True} if self.under_way:
+                    self.under_way -= 1
                 case {'pause': bool(on)}:
                     self.paused = on
                 case {'truth': bool(on)}:
                     self.truth = on
-                case {'steps': 1 | 2 | 4 | 8 as steps}:
+                case {'save': True}:
+                    in_background(self.save, ws)          # keys are heard meanwhile
+                case {'steps': 1 | 2 | 4 | 8 as steps} if type(steps) is int:
                     self.wish['steps'] = steps
                 case {'ckpt': str(name)} if name in self.ckpts:
                     self.wish['ckpt'] = name
                 case {'prompt': str(prompt)} if len(prompt.encode()) < 2000:
                     self.wish['prompt'] = prompt
-                case {'start': 'world' | 'prompt' as start, 'clip': int(clip)} if 0 <= clip < 2 ** 31:
+                case {'start': 'world' | 'prompt' as start, 'clip': int(clip)} if is_number(clip, 2 ** 31):
                     if start == 'world' and clip == self.cfg.clip:
                         start = self.cfg.first            # restart: where it all began
                     if start == 'world':
@@ -601,26 +627,32 @@ class Live:
             self.change.notify_all()
 
     def send(self, ws):
-        """Send the newest picture, again and again. A slow tab is held up in ws.send and misses some."""
+        """Send the newest picture, again and again. A slow page misses some, but what it shows is new."""
         sent = 0
         while True:
             with self.change:
-                self.change.wait_for(lambda: self.owner is not ws or self.count > sent)
+                self.change.wait_for(lambda: self.owner is not ws or
+                                     self.count > sent and self.under_way < self.MOST_UNDER_WAY)
                 if self.owner is not ws:
-                    return ws.close(4000, 'the walk goes on in another tab')
+                    break
                 sent = self.count
+                self.under_way += 1
                 newest = self.newest
             ws.send(newest)
+        ws.close(4000, 'the walk goes on in another tab')     # which takes a hung tab ten seconds
 
     def save(self, ws):
         """Send the last three minutes of the walk, as an mp4 with the keys drawn on it."""
         with self.change:
             tape = list(self.tape)
         pictures = (draw(np.array(Image.open(io.BytesIO(jpeg))), keys) for jpeg, keys in tape)
-        with tempfile.TemporaryDirectory() as folder:
-            write_video(f'{folder}/walk.mp4', pictures, self.cfg.fps)
-            film = pathlib.Path(folder, 'walk.mp4').read_bytes()
-        ws.send(b'{"mp4":true}\n' + film)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                write_video(f'{folder}/walk.mp4', pictures, self.cfg.fps)
+                film = pathlib.Path(folder, 'walk.mp4').read_bytes()
+        except (BadInput, OSError) as e:
+            return ws.send(message(error=f'not saved: {e}'))
+        ws.send(message(film, mp4=True))
 
 
 def in_background(work, ws):
@@ -635,48 +667,77 @@ def in_background(work, ws):
 
     threading.Thread(target=thread, daemon=True).start()
 
+# -----------------------------------------------------------------------------
+# live: the server
+
+LOOPBACK = '127.0.0.1', '::1', 'localhost'
+EVERYWHERE = '', '0.0.0.0'            # --host: at every address of this machine
+
+
+def refusal(headers, address, names):
+    """Why a request with these headers is refused; '' if it is not. Only pages that this server gave out may
+    steer: a foreign name for this machine is DNS rebinding. address: where it is served. names: others that
+    lead here, by way of a proxy."""
+    host = headers.get('Host', '').lower()
+    name = re.sub(r':\d+$', '', host).strip('[]')
+    known = name in (address, *names, *LOOPBACK, socket.gethostname().lower())
+    numeric = address in EVERYWHERE and re.fullmatch(r'[\d.]+', name)         # no name, so no foreign one
+    if not known and not numeric:
+        return f'this walk is not at {name!a}: if that leads here, start it with --host {address},NAME'
+    origin = headers.get('Origin')
+    pages = [scheme + place for scheme in ('http://', 'https://') for place in (host, *names)]
+    if origin is not None and origin.lower() not in pages:
+        return f'{origin!a} is not a page of this walk: if it is, start it with --host {address},NAME'
+    return ''
+
 
 def live(cfg):
     """Serve the page and the walk at http://127.0.0.1:8000 until Ctrl-C."""
     try:
-        from websockets.sync.server import serve
+        from websockets.sync.server import ServerConnection, serve
     except ImportError:
-        raise BadInput('--live needs a web server: pip install websockets') from None
+        ServerConnection = None
+    if not hasattr(ServerConnection, 'respond'):        # since version 13
+        raise BadInput('--live needs websockets 13 or newer: pip install --upgrade websockets')
     device, dtype = pick_device(cfg.device, cfg.dtype)
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // 2))   # more would stutter beside the browser
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # Ctrl-C: at once, whatever the threads do
     walk = Live(cfg, device, dtype)
     page = (pathlib.Path(__file__).parent / 'assets/stream.html').read_text()
-    here = ('127.0.0.1', 'localhost')
-    if cfg.host not in here:
-        print(f'warning: whoever can reach {cfg.host} can steer this walk')
+    address, *names = cfg.host.lower().replace(' ', '').split(',')
+    if address not in LOOPBACK:
+        print(f'warning: whoever can reach {address or "this machine"} can steer this walk')
 
     def answer(ws, request):
-        """Nothing in a request names a file. Only pages that this server gave out may steer."""
-        host = request.headers.get('Host', '')
-        origin = request.headers.get('Origin')
-        refusal = 'this walk is steered from its own page only'
-        if (cfg.host in here) and (host.split(':')[0] not in here):
-            return ws.respond(403, refusal)               # a foreign name for this machine: DNS rebinding
-        if (origin is not None) and (origin != f'http://{host}'):
-            return ws.respond(403, refusal)               # a page of another site
-        if request.path == '/walk' and origin:
-            return None                                   # a WebSocket: continue to `tab`
-        if request.path == '/':
-            response = ws.respond(200, page)
-        else:
-            response = ws.respond(404, 'nothing here; the page is at /')
+        """The page, or None for its WebSocket, which goes on to `tab`. Nothing in a request names a file; a
+        proxy may put a path of its own before ours."""
+        why = refusal(request.headers, address, names)
+        if why:
+            print(why, flush=True)
+            return ws.respond(403, why)
+        path = request.path.split('?')[0]
+        if path.endswith('/walk') and 'Origin' in request.headers:
+            walk.newest_tab = ws
+            return None
+        response = ws.respond(200, page)
         del response.headers['Content-Type']
         response.headers['Content-Type'] = 'text/html; charset=utf-8'
+        response.headers['X-Frame-Options'] = 'DENY'      # no page of another site around this one
         return response
 
     quiet = logging.getLogger('stream')
     quiet.setLevel(logging.CRITICAL)
-    with serve(walk.tab, cfg.host, cfg.port, process_request=answer,
-               compression=None, max_size=2048, logger=quiet) as server:
+    try:
+        server = serve(walk.tab, address, cfg.port, process_request=answer, compression=None, max_size=2048,
+                       logger=quiet)
+    except (OSError, OverflowError) as e:
+        raise BadInput(f'--host {address} --port {cfg.port}: {e}: name others; '
+                       '--port 0 is any that is free') from None
+    with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://{cfg.host}:{server.socket.getsockname()[1]}/'
+        shown = 'localhost' if address in EVERYWHERE else address
+        url = f'http://{shown}:{server.socket.getsockname()[1]}/'
         print(f'{url}  (Ctrl-C ends the walk)', flush=True)
         screen = sys.platform != 'linux' or 'DISPLAY' in os.environ or 'WAYLAND_DISPLAY' in os.environ
         if cfg.browser and screen:

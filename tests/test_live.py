@@ -4,12 +4,14 @@ import contextlib
 import http.client
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -17,12 +19,13 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from camera import BadInput
-from conftest import ROOT
-from stream import Held, to_jpeg, video_codec, write_video
+from conftest import ROOT, run
+from stream import Config, Held, Live, refusal, to_jpeg, video_codec, write_video
 
 
 def test_held_keys_move_for_as_long_as_they_are_held():
@@ -68,10 +71,14 @@ def tab(port, **kw):
     return connect(f'ws://127.0.0.1:{port}/walk', origin=f'http://127.0.0.1:{port}', **kw)
 
 
+SEEN = '{"seen": true}'
+
+
 def frame(ws, timeout=20):
-    """The next picture: (header, (n, H, W, 3) uint8)."""
+    """The next picture, which is acknowledged: (header, (n, H, W, 3) uint8)."""
     while isinstance(data := ws.recv(timeout), str):
         pass
+    ws.send(SEEN)
     header, _, rest = data.partition(b'\n')
     header = json.loads(header)
     return header, np.frombuffer(rest, np.uint8).reshape(header['n'], header['h'], header['w'], 3)
@@ -149,21 +156,102 @@ def test_the_newest_tab_steers_and_the_older_is_told(port):
             pass
 
 
-def test_a_tab_that_does_not_read_holds_nothing_up(port):
+def test_a_slow_page_does_not_lag(port):
+    """What it has not acknowledged, two pictures, is all that is under way; what it gets then is new."""
     with tab(port) as ws:
-        before = frame(ws)[0]['frame']
+        frame(ws)
         press(ws, 'j')
-        time.sleep(3)                                         # nothing is read: the pipe fills, pictures are dropped
+        time.sleep(3)                                         # 75 frames, on two quiet cores
         press(ws, 'j', False)
+        waiting = [ws.recv(1), ws.recv(1)]
+        with pytest.raises(TimeoutError):
+            ws.recv(1)
+        for _ in waiting:
+            ws.send(SEEN)
+        last = json.loads(waiting[-1].partition(b'\n')[0])
+        assert frame(ws)[0]['frame'] > last['frame'] + 5
+        with pytest.raises(TimeoutError):
+            ws.recv(1)
+
+
+def text_frame(text):
+    """A WebSocket frame of up to 125 bytes, as a client sends it (masked, here with zeros)."""
+    return bytes([0x81, 0x80 + len(text), 0, 0, 0, 0]) + text.encode()
+
+
+def test_a_hung_tab_is_neither_waited_for_nor_heard(port):
+    hung = socket.create_connection(('127.0.0.1', port), timeout=20)
+    hung.sendall(f'GET /walk HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n'
+                 'Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n'
+                 'Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n'.encode())
+    hung.sendall(text_frame('{"key": "j", "down": true, "t": 1}'))
+    size = 0
+    while size < 2 * 128 * 128 * 3:                           # two pictures; it reads nothing after them
+        size += len(hung.recv(2 ** 16))
     with tab(port) as ws:
-        assert frame(ws)[0]['frame'] > before + 20
+        began = time.time()
+        press(ws, 'w', t=9.5)
+        while frame(ws)[0]['stamp'] != 9.5:
+            pass
+        assert time.time() - began < 3                        # the closing handshake waits ten seconds for the hung one
+        press(ws, 'w', False)
+        hung.sendall(text_frame('{"key": "j", "down": true, "t": 1}'))
+        with pytest.raises(TimeoutError):
+            while time.time() < began + 8:
+                frame(ws, timeout=.7)
+    hung.close()
+
+
+class Silent:
+    """A connection whose client says nothing until it leaves."""
+
+    def __init__(self):
+        self.left, self.closed, self.sent = threading.Event(), threading.Event(), queue.Queue()
+
+    def send(self, data):
+        self.sent.put(data)
+
+    def close(self, code, reason):
+        self.code = code
+        self.closed.set()
+
+    def __iter__(self):
+        self.left.wait(10)
+        return iter(())
+
+
+def test_a_tab_whose_thread_starts_late_takes_nothing_over():
+    """Its client may be gone by then: one that sent too much is closed before its thread begins."""
+    walk, old, new = Live(Config(fps=25), torch.device('cpu'), torch.float32), Silent(), Silent()
+    walk.newest_tab = new                                     # it asked last
+    threading.Thread(target=walk.tab, args=[new], daemon=True).start()
+    old.left.set()
+    walk.tab(old)
+    assert old.closed.wait(10) and old.code == 4000
+    assert walk.owner is new and not new.closed.is_set()
+    new.left.set()
+    assert new.closed.wait(10) and walk.owner is None
+
+
+def test_a_bad_checkpoint_is_said_to_the_page(tmp_path):
+    walk, ws = Live(Config(fps=25), torch.device('cpu'), torch.float32), Silent()
+    walk.ckpts['bad'] = str(tmp_path / 'bad.safetensors')
+    (tmp_path / 'bad.safetensors').write_bytes(b'no tensors')
+    walk.owner, walk.model = ws, 'the model before'
+    walk.change_model('bad')
+    header = json.loads(ws.sent.get(timeout=10))
+    assert 'bad.safetensors' in header['error'] and walk.model == 'the model before'
 
 
 MALFORMED = [
     '', 'no json', '[]', '[' * 1500, '"' + 'x' * 10000 + '"', b'\xff\x00',
     '{"key": "w"}', '{"key": "wasd", "down": true, "t": 1}', '{"key": "w", "down": 1, "t": "x"}',
     '{"ckpt": "../../etc/passwd"}', '{"steps": 1000000}', '{"prompt": 7}', '{"prompt": "\\ud800"}',
-    '{"start": "/etc/passwd", "clip": 0}', '{"start": "world", "clip": -1}',
+    '{"start": "/etc/passwd", "clip": 0}', '{"start": "world", "clip": -1}', '{"start": "world", "clip": true}',
+    '{"key": "w", "down": true, "t": NaN}', '{"key": "w", "down": true, "t": 1e999}',
+    '{"key": "w", "down": true, "t": true}', '{"key": "w", "down": true, "t": -1}',
+    '{"key": "w", "down": true, "t": 1' + 400 * '0' + '}', '{"steps": true}',
+    '{"steps": 4.0}', '{"steps": NaN}', '{"seen": 1}', '{"prompt": ["' + 99 * '\u00e9' + '"]}',
 ]
 
 
@@ -183,23 +271,52 @@ def get(port, path='/', host=None, **headers):
     c = http.client.HTTPConnection('127.0.0.1', port, timeout=10)
     c.request('GET', path, headers={'Host': host or f'127.0.0.1:{port}'} | headers)
     r = c.getresponse()
-    return r.status, r.read()
+    return r.status, r.read(), r.headers
 
 
-def test_no_path_reaches_the_file_system(port):
-    assert get(port)[0] == 200 and b'<canvas' in get(port)[1]
-    for path in ('/stream.py', '/../stream.py', '/assets/stream.html', '//etc/passwd', '/%2e%2e/%2e%2e/etc/passwd',
-                 '/walk', '/?x', '/favicon.ico'):
-        status, body = get(port, path)
-        assert status == 404 and len(body) < 100, path
+def test_every_path_is_the_page_and_none_a_file(port):
+    _, page, headers = get(port)
+    assert b'<canvas' in page and headers['X-Frame-Options'] == 'DENY'
+    for path in ('/?token=1', '/user/me/proxy/8000/', '/walk', '/stream.py', '/../stream.py', '//etc/passwd',
+                 '/%2e%2e/%2e%2e/etc/passwd'):
+        assert get(port, path)[:2] == (200, page), path
+
+
+def test_behind_a_proxy_with_https_and_a_path_of_its_own(port):
+    with connect(f'ws://127.0.0.1:{port}/user/me/proxy/8000/walk?token=1', origin=f'https://127.0.0.1:{port}') as ws:
+        assert frame(ws)[1].std() > 10
 
 
 def test_other_pages_and_other_names_cannot_steer(port):
-    assert get(port, host=f'evil.example:{port}')[0] == 403                   # DNS rebinding
+    status, body, _ = get(port, host=f'evil.example:{port}')                  # DNS rebinding
+    assert status == 403 and b'evil.example' in body and b'--host' in body
     assert get(port, Origin='http://evil.example')[0] == 403
     for origin in ('http://evil.example', f'http://127.0.0.1:{port + 1}', 'null', None):
         with pytest.raises(InvalidStatus):
             connect(f'ws://127.0.0.1:{port}/walk', origin=origin)
+
+
+@pytest.mark.parametrize('address, names, host, origin, may', [
+    ('127.0.0.1', [], 'localhost:8000', 'http://localhost:8000', True),
+    ('127.0.0.1', [], '[::1]:8000', None, True),
+    ('127.0.0.1', [], f'{socket.gethostname()}:8000', None, True),
+    ('127.0.0.1', [], '192.168.1.9:8000', None, False),
+    ('192.168.1.9', [], '192.168.1.9:8000', None, True),
+    ('192.168.1.9', [], 'evil.example:8000', None, False),
+    ('0.0.0.0', [], '192.168.1.9:8000', 'http://192.168.1.9:8000', True),
+    ('0.0.0.0', [], 'evil.example:8000', None, False),
+    ('0.0.0.0', [], '192.168.1.9.evil.example', None, False),
+    ('0.0.0.0', [], '', None, False),
+    ('127.0.0.1', ['demo.example'], 'Demo.example', 'https://demo.example', True),
+    ('127.0.0.1', ['demo.example'], 'localhost:8000', 'https://demo.example', True),      # a proxy that changes Host
+    ('127.0.0.1', [], 'localhost:8000', 'https://demo.example', False),
+    ('127.0.0.1', ['demo.example'], 'demo.example', 'https://evil.example', False),
+    ('127.0.0.1', ['demo.example'], 'demo.example', 'https://demo.example.evil.example', False),
+])
+def test_who_may_steer(address, names, host, origin, may):
+    headers = {'Host': host} | ({'Origin': origin} if origin else {})
+    why = refusal(headers, address, names)
+    assert not why if may else f'--host {address},' in why
 
 
 def test_slow_and_huge_requests_block_nobody(port):
@@ -227,13 +344,21 @@ def test_start_is_quick_and_ctrl_c_ends_it():
             assert p.wait(15) == 0 and 'Traceback' not in p.stdout.read()
 
 
-def test_a_port_in_use_is_said():
+def test_what_keeps_it_from_serving_is_said(tmp_path):
+    live = ['stream.py', '--live', 'True']
     with socket.create_server(('127.0.0.1', 0)) as taken:
-        port = str(taken.getsockname()[1])
-        command = [sys.executable, f'{ROOT}/stream.py', '--live', 'True', '--port', port]
-        p = subprocess.run(command, capture_output=True, text=True)
-    assert p.returncode == 1 and p.stderr.startswith('error: ')
-    assert 'in use' in p.stderr and 'Traceback' not in p.stderr
+        port = taken.getsockname()[1]
+        wrong = run(*live, '--port', port, ok=False)
+    assert 'in use' in wrong and f'--port {port}' in wrong
+    assert '--port 99999' in run(*live, '--port', 99999, ok=False)
+    assert '--host nowhere.invalid' in run(*live, '--host', 'nowhere.invalid', ok=False)
+    old = tmp_path / 'websockets/sync/server.py'              # version 12, in what matters
+    old.parent.mkdir(parents=True)
+    old.write_text('class ServerConnection:\n    pass\n\n\ndef serve():\n    pass\n')
+    (tmp_path / 'websockets/__init__.py').touch()
+    assert 'websockets 13 or newer' in run(*live, ok=False, PYTHONPATH=str(tmp_path))
+    old.unlink()                                              # version 10
+    assert 'websockets 13 or newer' in run(*live, ok=False, PYTHONPATH=str(tmp_path))
 
 
 def test_save_gives_the_walk_as_a_film(port):
@@ -292,6 +417,22 @@ def test_mp4_without_its_usual_codec_falls_back_or_says_why(tmp_path, monkeypatc
 # -----------------------------------------------------------------------------
 # in a browser, driven through its DevTools protocol
 
+NODE = shutil.which('node') and os.path.exists(os.environ.get('CASES', '') + '/live-page-keys')
+
+
+@pytest.mark.skipif(not NODE, reason='CASES does not name the folder of cases, or there is no node')
+def test_the_page_in_a_stand_in_for_a_browser():
+    script = os.environ['CASES'] + '/live-page-keys/input/page.js'
+    lines = subprocess.run(['node', script, ROOT], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = dict(line.split(' | ', 1) for line in lines)
+    letters = '"+w","-w","+a","-a","+s","-s","+d","-d"'
+    assert letters in said['azerty, physical wasd'] and letters in said['cyrillic, physical wasd']
+    for name in ('qwerty w', 'IME on', 'mac: w, Cmd, w released unseen, Cmd up', 'shift w, shift up first', 'blur'):
+        assert '["+w","-w"]' in said[name], name
+    assert 'wss://demo.example/walk' in said['https'] and 'error null' in said['https']
+    assert 'ws://hub.example/user/me/proxy/8000/walk' in said['sub path']
+
+
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 
@@ -321,15 +462,19 @@ class Browser:
             assert time.time() < began + seconds, f'not within {seconds} s: {expression}'
             time.sleep(.05)
 
-    def key(self, key, down):
-        self.call('Input.dispatchKeyEvent', type='keyDown' if down else 'keyUp', key=key)
+    def key(self, key, down, code=''):
+        self.call('Input.dispatchKeyEvent', type='keyDown' if down else 'keyUp', key=key, code=code)
+
+    def lit(self):
+        """The keys that the page shows as held."""
+        return self.js("[...document.querySelectorAll('kbd.lit')].map(e => e.dataset.key).join('')")
 
     def hold(self, keys, frames=6):
         goal = self.js('walk.frames') + frames
         for k in keys:
             self.key(k, True)
         self.wait(f'walk.frames >= {goal}')
-        lit = self.js("[...document.querySelectorAll('kbd.lit')].map(e => e.dataset.key).join('')")
+        lit = self.lit()
         for k in keys:
             self.key(k, False)
         return lit
@@ -348,7 +493,9 @@ class Browser:
 def chrome(folder):
     """The DevTools port of a headless chromium."""
     command = [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0',
-               '--remote-allow-origins=*', '--window-size=1000,960', f'--user-data-dir={folder}', 'about:blank']
+               '--remote-allow-origins=*', '--window-size=1000,960', '--disable-quic', '--no-first-run',
+               '--disable-background-networking', '--disable-component-update', '--disable-sync',
+               f'--user-data-dir={folder}', 'about:blank']
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         began = time.time()
@@ -381,8 +528,8 @@ def page(port, chromium):
 
 
 def shift(a, b):
-    """By how many pixels to the right picture b is picture a, in the middle rows; -20 to 20."""
-    a, b = (x[16:48].mean(-1) for x in (a, b))
+    """By how many 64ths of its width to the right picture b is picture a, in the middle rows; -20 to 20."""
+    a, b = (x[::len(x) // 64, ::len(x) // 64][16:48].mean(-1) for x in (a, b))
     error = {s: np.abs(a[:, max(0, -s):64 - max(0, s)] - b[:, max(0, s):64 + min(0, s)]).mean() for s in range(-20, 21)}
     return min(error, key=error.get)
 
@@ -392,6 +539,26 @@ def test_turning_left_moves_the_picture_right(page):
         before = page.picture()
         assert page.hold([key], 5) == {'j': 'j', 'l': 'l', 'ArrowLeft': 'j', 'ArrowRight': 'l'}[key]
         assert shift(before, page.picture()) * sign > 2, key
+
+
+def test_keys_count_by_their_place_and_are_let_go(page):
+    for key, code in (('z', 'KeyW'), ('\u0446', 'KeyW'), ('Process', 'KeyW'), ('W', 'KeyW'), ('w', '')):
+        page.key(key, True, code)
+        assert page.lit() == 'w', key
+        page.key('w', False, code)                          # shift, or the input method, was let go first
+        assert page.lit() == '', key
+    page.key('a', True, 'KeyQ')                             # left of W: no key of the walk
+    assert page.lit() == ''
+    for event in ("dispatchEvent(new Event('blur'))", "document.dispatchEvent(new Event('visibilitychange'))",
+                  "dispatchEvent(new Event('contextmenu'))", "document.getElementById('prompt').focus()",
+                  "dispatchEvent(new KeyboardEvent('keydown', {key: 'Meta', metaKey: true}))",
+                  "dispatchEvent(new KeyboardEvent('keyup', {key: 'Meta'}))"):
+        page.key('w', True, 'KeyW')
+        assert page.lit() == 'w', event
+        page.js(event)
+        assert page.lit() == '', event
+        page.js("document.activeElement.blur()")
+        page.key('w', False, 'KeyW')
 
 
 def test_two_keys_at_once_hud_and_restart(page):
@@ -412,6 +579,14 @@ def test_two_keys_at_once_hud_and_restart(page):
     page.hold(['w'], 2)
 
 
+def test_only_stamps_of_this_page_count_as_latency(page):
+    """A new tab first sees the newest picture of the tab before, whose clock is another."""
+    page.js("latencies = []; draw({w: 1, h: 1, n: 2, stamp: 1, metres: 0, steps: 1, frame: 0}, new Uint8Array(3), 0)")
+    assert page.js('latencies.length') == 0
+    page.hold(['j'], 3)
+    assert page.js('latencies.length') >= 1
+
+
 def test_save_gives_a_playable_film(page, tmp_path):
     page.call('Browser.setDownloadBehavior', behavior='allow', downloadPath=str(tmp_path))
     page.hold(['w', 'j'], 20)
@@ -422,6 +597,23 @@ def test_save_gives_a_playable_film(page, tmp_path):
         time.sleep(.1)
     film = iio.imread(tmp_path / 'walk.mp4')
     assert len(film) >= 20 and film.shape[1:] == (384, 384, 3) and film.std() > 10
+
+
+def test_a_fresh_tab_after_a_frozen_one(port, chromium):
+    frozen = Browser(chromium, f'http://127.0.0.1:{port}/')
+    frozen.wait('window.walk && walk.frames > 0')
+    frozen.key('j', True, 'KeyJ')
+    frozen.wait('walk.frames > 5')
+    frozen.call('Debugger.enable'), frozen.call('Debugger.pause')
+    time.sleep(2)
+    fresh = Browser(chromium, f'http://127.0.0.1:{port}/')
+    fresh.wait('window.walk && walk.frames > 0')
+    began = time.time()
+    fresh.hold(['w'], 3)
+    assert time.time() - began < 3 and 0 < float(fresh.js('walk.p50')) < 3000
+    frozen.call('Debugger.resume')
+    frozen.wait("document.getElementById('note').textContent.includes('another tab')")
+    frozen.call('Page.close'), fresh.call('Page.close')
 
 
 def test_a_closed_tab_stops_the_walk_and_the_next_goes_on(port, chromium):
