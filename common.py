@@ -3,12 +3,14 @@ Utilities that all stages share, and that a first reading may skip: command line
 several processes, checkpoints, logs, gates. It defines no network and no loss.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
 import sys
+import textwrap
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -332,7 +334,9 @@ def open_tensors(path):
     try:
         f = safe_open(path, 'pt')
         header = json.loads((f.metadata() or {}).get('meta', '{}'))
-        return {name: functools.partial(f.get_tensor, name) for name in f.keys()}, header
+        ours = isinstance(header, dict) and isinstance(header.get('model', {}), dict)
+        tensors = {name: functools.partial(f.get_tensor, name) for name in f.keys()}
+        return tensors, header if ours else {}
     except FileNotFoundError:
         raise BadInput(f'{path}: no such file; train it first or name another checkpoint') from None
     except (SafetensorError, OSError, ValueError) as e:
@@ -369,25 +373,27 @@ def config_from_header(header):
     return ModelConfig(**saved) if known and saved else None
 
 
-def load_model(path, device='cpu', dtype=torch.float32):
+def load_model(path, device='cpu', dtype=torch.float32, chunks=None):
     """(DiT, header) of a checkpoint; each tensor goes from the file straight to device and dtype, so that no
-    second copy is held. Raises BadInput that names every tensor that is missing, left over or of another
-    shape."""
+    second copy is held. chunks: (chunk, first_chunk) of a walk, for files from elsewhere. Raises BadInput
+    that says what the file is instead, or which tensors do not fit."""
     cfg = None
-    if path.endswith('.safetensors') and os.path.isfile(path):
+    with contextlib.suppress(BadInput):                        # backbones/ knows better what is wrong
         tensors, header = open_tensors(path)
         cfg = config_from_header(header)
     if cfg is None:                                            # of Wan, minWM, ...
         from backbones.layouts import find_config, open_weights
         tensors, header = open_weights(path)
-        cfg = find_config(path, tensors, header)
+        cfg = find_config(path, tensors, header, chunks)
     with torch.device('meta'):
         model = DiT(cfg)
     state = {name: read().to(device, dtype, copy=True) for name, read in tensors.items()}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:
-        raise BadInput(f'{path}: its tensors do not fit its config: {" ".join(str(e).split())} '
+        problems = str(e).splitlines()[1:4]                    # missing, left over, one of another shape
+        text = ' '.join(textwrap.shorten(line, 105) for line in problems)
+        raise BadInput(f'{path}: its tensors do not fit its config: {text} '
                        'Make the checkpoint again') from None
     return model.requires_grad_(), {'stage': 'wan', 'step': 0, 'frames': 21} | header
 

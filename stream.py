@@ -62,6 +62,8 @@ class Config:
     over: str = 'camera'          # what guidance drops: camera | text
     window: int = 0               # frames the cache holds; 0: as trained
     context: float = -1.0         # noise level of the generated history; -1: as distilled
+    chunk: int = 0                # latents denoised together, of a checkpoint from elsewhere; 0: as it says
+    first_chunk: int = 0          # those of its first chunk; 0: as it says, or as many
     seed: int = 0
     # live, instead of to a file
     live: bool = False            # in the browser
@@ -78,10 +80,15 @@ class Config:
 DISTILLED = ('ode', 'ode-bidirectional', 'cd', 'dmd')     # stages whose models need few steps
 
 
-def load(path, device, data=''):
-    """(DiT, header, codec) of a checkpoint. Its header says what clips it was trained on. If it does not, as
-    in a file from elsewhere, they are taken to be like those in the folder `data`."""
-    model, header = load_model(path, device)
+def load(path, device, data='', chunks=(0, 0)):
+    """(DiT, header, codec) of a checkpoint. Its header says what clips it was trained on, and how many
+    latents it denoises together. If it does not, as in a file from elsewhere, the clips are taken to be like
+    those in the folder `data`, and `chunks` is (chunk, first_chunk)."""
+    model, header = load_model(path, device, chunks=chunks)
+    trained = model.cfg.chunk, model.cfg.first_chunk
+    for flag, asked, n in zip(('chunk', 'first_chunk'), chunks, trained):
+        if asked not in (0, n):
+            raise BadInput(f'--{flag} {asked}: {path} was trained with {n}: leave the flag out')
     if 'data' not in header:
         if not data:
             raise BadInput(f'{path}: it does not say what clips it was trained on: '
@@ -98,7 +105,8 @@ def usual_steps(header):
 def prepare(cfg):
     """(DiT, header, codec, device) as cfg asks for them, for inference. Fills in cfg.steps if it is 0."""
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model, header, codec = load(cfg.ckpt, device, cfg.data)
+    chunks = getattr(cfg, 'chunk', 0), getattr(cfg, 'first_chunk', 0)         # experiments have no such flags
+    model, header, codec = load(cfg.ckpt, device, cfg.data, chunks)
     cfg.steps = cfg.steps or usual_steps(header)
     return model.to(dtype).eval(), header, codec, device
 

@@ -10,22 +10,29 @@ Checkpoints of other repositories, read and written; and what a checkpoint is an
 apart by what is in them. Their tensors have the same shapes and meanings; names and containers differ:
 
     ours                    one .safetensors, whose header holds the ModelConfig
-    Wan2.1                  a folder: config.json and .safetensors, one file or many with an index
-    diffusers               the same, under the names of its class WanTransformer3DModel
-    minWM, Self-Forcing,    a .pt, which may hold the weights twice (the EMA is taken) and may wrap the names;
-    Causal-Forcing          a config.json beside it is read
+    Wan2.1, ComfyUI         .safetensors: a file, or a folder of one or of shards
+    diffusers               the same, under the names of its class WanTransformer3DModel; or a whole
+                            repository, whose weights are in transformer/
+    minWM, Self-Forcing,    a .pt, which may hold the weights twice (the EMA is taken) and may wrap the names
+    Causal-Forcing
 
-Only tensors are ever loaded: a pickle with code in it is refused. The arithmetic and the memory that the
-command prints are computed, not measured.
+A config.json beside the weights says what no tensor tells: num_heads, text_len, and the number of latents
+that are denoised together (chunk, or Self-Forcing's num_frame_per_block).
+
+A .pt is a pickle. It goes through torch's restricted unpickler (weights_only), which makes tensors, numbers
+and containers of them and refuses any other class or function. The arithmetic and the memory that the command
+prints are computed, not measured.
 """
 import argparse
 import functools
 import glob
 import json
 import os
-import pickle
 import re
 import sys
+import textwrap
+import warnings
+import zipfile
 from dataclasses import asdict
 
 import torch
@@ -35,7 +42,138 @@ from common import config_from_header, load_model, open_tensors, save_model, sav
 from model import PRESETS, DiT, ModelConfig
 
 # -----------------------------------------------------------------------------
+# which files
+
+PLACES = (                            # where a folder may have its weights; the first that has any counts
+    ('*.safetensors',),
+    ('transformer*/*.safetensors', 'transformer*/*.bin'),          # a repository of diffusers'
+    ('*.pt', '*.pth', '*.bin', '*.ckpt', '*.gguf', '*/*.safetensors', '*/*.pt'),
+)
+SHARD = r'-\d{5}-of-\d{5}'
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f'{path}: not readable as JSON ({error}): get it again') from None
+
+
+def listed_files(index):
+    """The shards that an index names."""
+    where = read_json(index).get('weight_map', {})                 # {name of a tensor: name of its file}
+    folder = os.path.dirname(index)
+    return sorted({os.path.join(folder, os.path.basename(name)) for name in where.values()})
+
+
+def find_checkpoints(folder, patterns):
+    """{name: its files} of the checkpoints in a folder. Shards make one; a .resume.safetensors is none, but
+    lies beside one."""
+    found = {}
+    for pattern in patterns:
+        for name in sorted(glob.glob(f'{pattern}.index.json', root_dir=folder)):
+            found[name] = listed_files(os.path.join(folder, name))
+        listed = sum(found.values(), [])
+        for name in sorted(glob.glob(pattern, root_dir=folder)):
+            file = os.path.join(folder, name)
+            if file not in listed and '.resume.' not in name:
+                found.setdefault(re.sub(SHARD, '', name), []).append(file)
+    return {name: files for name, files in found.items() if files}
+
+
+def weight_files(path):
+    """The files of the checkpoint at `path`: a file, an index of shards, or a folder that holds one."""
+    if path.endswith('.index.json'):
+        return listed_files(path)
+    if not os.path.isdir(path):
+        if re.search(SHARD, path):
+            raise BadInput(f'{path}: one of several shards: name the folder that holds them all')
+        return [path]
+    found = {}
+    for patterns in PLACES:
+        found = found or find_checkpoints(path, patterns)
+    if not found:
+        raise BadInput(f'{path}: no .safetensors in this folder: name a checkpoint or a folder of Wan2.1\'s')
+    if len(found) > 1:
+        names = sorted(found)
+        more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+        raise BadInput(f'{path}: holds several checkpoints, {", ".join(names[:4])}{more}: name one of them')
+    return found.popitem()[1]
+
+# -----------------------------------------------------------------------------
+# what is in a file
+
+BEGINNINGS = {                        # what is not read, by its first bytes
+    b'version https://git-lfs': 'a Git LFS pointer, not the weights: fetch them (git lfs pull in its folder)',
+    b'GGUF': 'GGUF, quantised weights for other programs: take the .safetensors they were made from',
+    b'<': 'a web page, not the weights: download them again, with a login if it needs one',
+    b'PK': 'a pickle of torch.save, not safetensors: if it is meant to be one, rename it to .pt',
+    b'\x80': 'a pickle, not safetensors: if it is meant to be one, rename it to .pt',
+    b'': 'neither safetensors nor a file of torch.save; it may be truncated: make or download it again',
+}
+STRANGE = {                           # what is not read, by the names of its tensors
+    r'lora|lokr|loha|\.diff(_b)?(\s|$)':
+        'a LoRA, which only changes another model: merge it into that one (in diffusers: load_lora_weights, '
+        'fuse_lora, save_pretrained) and name the result',
+    r'scale_weight|weight_scale|scaled_fp8|comfy_quant|absmax|qweight':
+        'quantised weights: take the same model in bfloat16, float16 or float32',
+}
+PARTS = 'generator_ema', 'generator', 'ema', 'model', 'state_dict', 'module'    # of a .pt: the first there is
+
+
+def open_file(file):
+    """({name: function that reads that tensor}, header) of one file."""
+    try:
+        with open(file, 'rb') as f:
+            start = f.read(64)
+    except FileNotFoundError:
+        raise BadInput(f'{file}: no such file; train it first or name another checkpoint') from None
+    if start[8:9] == b'{':
+        return open_tensors(file)
+    if start.startswith((b'PK', b'\x80')) and not file.endswith('.safetensors'):
+        return open_pickle(file)
+    what = next(what for beginning, what in BEGINNINGS.items() if start.startswith(beginning))
+    raise BadInput(f'{file}: {what}')
+
+
+def open_pickle(file):
+    """The same of a pickle: torch refuses what is not tensors, numbers and containers. A training config in
+    it is the header."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                        # torch's, about unusual pickles
+            state = torch.load(file, 'cpu', mmap=zipfile.is_zipfile(file), weights_only=True)
+    except Exception as error:                                     # damaged pickles raise anything
+        raise BadInput(f'{file}: {why_refused(file, error)}') from None
+    if not isinstance(state, dict):
+        raise BadInput(f'{file}: holds a {type(state).__name__}, not a dict of tensors: save a state_dict')
+    config = state.get('config')
+    header = {'config': config} if isinstance(config, dict) else {}
+    for _ in PARTS:                                                # one may be in another
+        found = [part for part in PARTS if isinstance(state.get(part), dict)]
+        state = state[found[0]] if found else state
+    names = [name for name, value in state.items() if torch.is_tensor(value) and isinstance(name, str)]
+    return {name: functools.partial(state.get, name) for name in names}, header
+
+
+def why_refused(file, error):
+    """torch's error about a pickle, in a sentence."""
+    code = re.search(r'GLOBAL (\S+)', str(error))                  # a class or function that it names
+    if code:
+        return (f'a pickle with code in it, {code[1]}, which is never loaded. If you trust the file, save '
+                f'its tensors alone: torch.save(torch.load("{os.path.basename(file)}", weights_only=False)'
+                '["generator"], "weights.pt"); its key may be "model", or it is a model: its state_dict()')
+    text = str(error).split('WeightsUnpickler error:')[-1].strip() or type(error).__name__
+    return f'not a readable checkpoint ({textwrap.shorten(text, 100)}); it may be truncated: get it again'
+
+# -----------------------------------------------------------------------------
 # reading
+
+WRAPPERS = r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.'       # which training puts in
+
+CHANNELS = 16                         # of the latents of clips (data.py)
 
 RENAMED = [                           # (pattern, replacement), applied in this order: any name becomes Wan's
     # diffusers' WanTransformer3DModel
@@ -54,9 +192,6 @@ RENAMED = [                           # (pattern, replacement), applied in this 
     (r'^proj_out\.', 'head.head.'),
     (r'^scale_shift_table$', 'head.modulation'),
     (r'\.scale_shift_table$', '.modulation'),
-    # what training wraps around a model
-    (r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.', ''),
-    (r'^(module\.)?(model\.)?', ''),
 ]
 
 
@@ -67,115 +202,146 @@ def wan_name(name):
     return name
 
 
-def weight_files(path):
-    """The files that hold the weights of a checkpoint: the path itself, or the .safetensors of a folder."""
-    if not os.path.isdir(path):
-        return [path]
-    files = sorted(glob.glob(f'{path}/*.safetensors'))
-    for index in glob.glob(f'{path}/*.safetensors.index.json'):
-        with open(index) as f:
-            where = json.load(f)['weight_map']                     # {name of a tensor: name of its file}
-        files = sorted({f'{path}/{os.path.basename(name)}' for name in where.values()})
-    if not files:
-        raise BadInput(f'{path}: no .safetensors in this folder: name a checkpoint or a folder of Wan2.1\'s')
-    return files
-
-
-def read_config(path):
-    """{'config': config.json} of a folder, or of the folder that a .pt lies in; {} if there is none."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
-    if path.endswith('.safetensors') or not os.path.exists(f'{folder}/config.json'):
-        return {}
-    with open(f'{folder}/config.json') as f:
-        return {'config': json.load(f)}
-
-
-def open_pickle(file):
-    """{name: function that reads that tensor} of a .pt. torch refuses to load code."""
-    state = torch.load(file, 'cpu', mmap=True, weights_only=True)
-    for part in ('generator_ema', 'generator', 'model'):
-        if part in state:
-            state = state[part]
-            break
-    names = [name for name, value in state.items() if torch.is_tensor(value)]
-    return {name: functools.partial(state.get, name) for name in names}
+def unwrap(path, tensors):
+    """The network's tensors by their own names: without what stands before all of them, such as minWM's
+    model. and ComfyUI's model.diffusion_model., and without what such a prefix does not stand before."""
+    tensors = {re.sub(WRAPPERS, '', name): read for name, read in tensors.items()}
+    found = [re.fullmatch(r'(.*\.|)patch_embedding\.weight', name) for name in tensors]
+    prefixes = [match[1] for match in found if match] or ['']
+    if len(prefixes) > 1:
+        raise BadInput(f'{path}: holds several networks, {", ".join(prefixes)}: save one of them alone; of a '
+                       '.resume.safetensors, name the .safetensors beside it')
+    prefix = prefixes[0]
+    return {name.removeprefix(prefix): read for name, read in tensors.items() if name.startswith(prefix)}
 
 
 def open_weights(path):
     """({Wan's parameter name: function that reads that tensor}, header) of a checkpoint in any layout.
 
     The files are mapped into memory, so a tensor takes none before it is read. The header is that of our own
-    files; a config.json is its 'config'. Raises BadInput that names the file which is missing, truncated or a
-    pickle with code in it.
+    files; a config.json is its 'config'. Raises BadInput that names the file and says what it is, if it is no
+    checkpoint, and what to do.
     """
-    file = path                                                    # the one at work: what an error is about
     tensors = {}
-    try:
-        files = weight_files(path)
-        header = read_config(path)
-        for file in files:
-            if file.endswith(('.pt', '.pth', '.bin')):
-                tensors |= open_pickle(file)
-            else:
-                more, meta = open_tensors(file)
-                tensors |= more
-                header |= meta
-    except BadInput:
-        raise
-    except FileNotFoundError:
-        raise BadInput(f'{file}: no such file; train it first or name another checkpoint') from None
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
-            AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f'{file}: not a readable checkpoint ({reason}); it may be truncated or a pickle with '
-                       'code in it, which is never loaded: make it again') from None
+    header = {}
+    files = weight_files(path)
+    for file in files:
+        more, meta = open_file(file)
+        tensors |= more
+        header |= meta
+    for pattern, what in STRANGE.items():
+        if re.search(pattern, ' '.join(tensors)):
+            raise BadInput(f'{path}: {what}')
+    beside = os.path.join(os.path.dirname(files[0]), 'config.json')
+    if os.path.exists(beside):
+        header['config'] = header.get('config', {}) | read_json(beside)
+    tensors = unwrap(path, tensors)
     return {wan_name(name): read for name, read in tensors.items()}, header
 
 
-def find_config(path, tensors, header):
-    """The ModelConfig of opened weights: from our header, else from their shapes. No shape tells the number
-    of heads: it is config.json's, or else heads are 128 wide, as Wan's are."""
+def find_config(path, tensors, header, chunks=None):
+    """The ModelConfig of opened weights: from our header, else from their shapes and a config.json.
+    chunks: see find_chunk."""
     ours = config_from_header(header)
     if ours is not None:
         return ours
     config = header.get('config', {})
-    names = ('patch_embedding.weight', 'blocks.0.ffn.0.weight', 'time_embedding.0.weight',
-             'text_embedding.0.weight', 'head.head.weight')
     try:
-        shape = {name: tensors[name]().shape for name in names}
-    except KeyError as error:
-        raise BadInput(f'{path}: its header holds no model config of ours and it has no {error}: '
-                       'is it another kind of file?') from None
-    dim, in_dim, _, patch, _ = shape['patch_embedding.weight']
-    blocks = {int(name.split('.')[1]) for name in tensors if name.startswith('blocks.')}
-    has_prope = any('prope_o' in name for name in tensors)
-    heads = config.get('num_attention_heads', dim // 128)          # diffusers' word
-    heads = config.get('num_heads', heads)                         # Wan's word
+        dim, in_dim, _, patch, _ = tensors['patch_embedding.weight']().shape
+        ffn_dim, _ = tensors['blocks.0.ffn.0.weight']().shape
+        _, freq_dim = tensors['time_embedding.0.weight']().shape
+        _, text_dim = tensors['text_embedding.0.weight']().shape
+        out, _ = tensors['head.head.weight']().shape
+        blocks = {int(name.split('.')[1]) for name in tensors if name.startswith('blocks.')}
+    except (KeyError, ValueError) as error:
+        raise BadInput(f'{path}: holds no network of ours or of Wan\'s ({error}): is it another kind of '
+                       'file?') from None
+    out_dim = out // patch ** 2
+    if in_dim != CHANNELS or out_dim != CHANNELS:
+        raise BadInput(f'{path}: it takes {in_dim} channels and gives {out_dim}, the latents of clips have '
+                       f'{CHANNELS}: Wan2.2 TI2V (48) and image-to-video (36) do not fit, name a '
+                       'text-to-video model of Wan2.1')
+    chunk, first_chunk = find_chunk(path, tensors, config, chunks)
     return ModelConfig(
         dim=dim,
-        ffn_dim=shape['blocks.0.ffn.0.weight'][0],
-        num_heads=heads,
+        ffn_dim=ffn_dim,
+        num_heads=count_heads(path, dim, config),
         num_layers=1 + max(blocks),
         in_dim=in_dim,
-        out_dim=shape['head.head.weight'][0] // patch ** 2,
-        freq_dim=shape['time_embedding.0.weight'][1],
-        text_dim=shape['text_embedding.0.weight'][1],
+        out_dim=out_dim,
+        freq_dim=freq_dim,
+        text_dim=text_dim,
         text_len=config.get('text_len', 512),
         eps=config.get('eps', 1e-6),
         patch=patch,
-        camera='prope' if has_prope else 'none',
-        chunk=4,
-        first_chunk=4,
+        camera='prope' if has_prope(tensors) else 'none',
+        chunk=chunk,
+        first_chunk=first_chunk,
         shift=5.0,
         eviction='frames',
     )
+
+
+def has_prope(tensors):
+    """Does it have minWM's second attention, which sees the cameras?"""
+    return any('prope_o' in name for name in tensors)
+
+
+def count_heads(path, dim, config):
+    """num_heads, which no shape tells: of the config, else of the model of Wan's that is as wide."""
+    known = {preset.dim: preset.num_heads for preset in PRESETS.values() if preset.text_dim == 4096}
+    heads = config.get('num_attention_heads', known.get(dim))      # diffusers' word
+    heads = config.get('num_heads', heads)                         # Wan's word
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise BadInput(f'{path}: no tensor tells how many heads share its width of {dim}, and its config '
+                       f'says {heads}: write {{"num_heads": N}} into a config.json beside it')
+    return heads
+
+
+CHUNKS = (                            # in the names of a file and its folder -> latents denoised together
+    ('frame.?wise', 1),               # Causal-Forcing has models of both kinds
+    ('chunk.?wise|self.?forcing', 3),
+    ('minwm|action2v', 4),
+)
+
+
+def find_chunk(path, tensors, config, asked=None):
+    """(chunk, first_chunk) of a checkpoint from elsewhere: as `asked`, else as its config, its cameras or its
+    name tell, else 4 with a note.
+
+    asked: how a walk was asked to divide, 0 for as the file says; None if nothing walks yet. A .pt that does
+    not say is then an error. A .safetensors is more likely Wan's own, which has no chunks.
+    """
+    wanted, wanted_first = asked or (0, 0)
+    file = weight_files(path)[0]
+    names = '/'.join(os.path.abspath(file).split(os.sep)[-2:])
+    told = [chunk for pattern, chunk in CHUNKS if re.search(pattern, names, re.IGNORECASE)]
+    if has_prope(tensors):                                         # minWM's
+        told = [4]
+    chunk = wanted or config.get('chunk') or config.get('num_frame_per_block') or (told or [0])[0]
+    if not chunk:
+        silent = f'{file}: does not say how many latents it denoises together'
+        pickled = not file.endswith('.safetensors')
+        if asked and pickled:
+            raise BadInput(f'{silent}: --chunk 3 for Self-Forcing and chunk-wise Causal-Forcing, 1 for '
+                           'frame-wise, 4 for minWM; or {"chunk": 3} in a config.json beside it')
+        if asked or pickled:
+            print(f'{silent}: 4 are assumed; {{"chunk": 3}} in a config.json beside it would make them 3')
+        chunk = 4
+    alone = 1 if config.get('independent_first_frame') else 0      # Self-Forcing's word
+    first_chunk = wanted_first or config.get('first_chunk') or alone or chunk
+    if not all(isinstance(n, int) and n > 0 for n in (chunk, first_chunk)):
+        raise BadInput(f'{path}: chunks of {chunk} latents after a first one of {first_chunk}: '
+                       'at least 1 each')
+    return chunk, first_chunk
 
 # -----------------------------------------------------------------------------
 # writing
 
 def save_wan(folder, model):
     """Write a model in Wan2.1's own layout: config.json and diffusion_pytorch_model.safetensors. The header
-    of the weights holds our whole config, since Wan's has no words for camera, chunk and sink."""
+    of the weights holds our whole config, since Wan's has no words for camera, chunk and sink.
+    Each of the two files is written whole or not at all, the weights first."""
     cfg = asdict(model.cfg)
     names = ('text_len', 'in_dim', 'dim', 'ffn_dim', 'freq_dim', 'out_dim',
              'num_heads', 'num_layers', 'eps')
