@@ -459,7 +459,8 @@ class Live:
         """Load the checkpoint of this name. If it is bad the page hears why, and the model before stays."""
         path = self.ckpts[name]
         try:
-            model, header, codec = load(path, self.device, self.cfg.data)
+            chunks = self.cfg.chunk, self.cfg.first_chunk
+            model, header, codec = load(path, self.device, self.cfg.data, chunks)
             held_out(replace(self.cfg, ckpt=path), header, [0])  # are there clips to start from?
         except (BadInput, OSError) as e:
             if self.model is None:

@@ -18,6 +18,7 @@ from common import load_model, save_model, save_tensors
 from conftest import ROOT, run
 from finetune_camera import add_camera
 from model import PRESETS, DiT, ModelConfig
+from stream import Config, Live
 from test_model import tiny_model
 
 TINY = dict(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4, freq_dim=16)
@@ -413,6 +414,9 @@ def test_a_chunk_that_no_file_tells_is_asked_for(model, data, tmp_path, capsys):
     assert '4 are assumed' not in run(*walk, ckpt, '--chunk', 4)
     save_model(str(tmp_path / 'ours.safetensors'), model.state_dict(), model.cfg, stage='ar', frames=5)
     assert 'was trained with 4' in run(*walk, tmp_path / 'ours.safetensors', '--chunk', 3, ok=False)
+    live = Live(Config(ckpt=str(ckpt), data=str(data), chunk=3, fps=8), torch.device('cpu'), torch.float32)
+    live.change_model(ckpt.name)
+    assert live.model.cfg.chunk == live.model.cfg.first_chunk == 3
 
 
 def test_what_is_this_checkpoint(model, tmp_path):
