@@ -15,6 +15,7 @@ A shard holds, for n clips of F latent frames (a frame is a picture; with --wan 
     K       (n, 4) float32                        normalised fx, fy, cx, cy
     frames  (n, F, H, W, 3) uint8                 val shards only: the truth; with --wan (n, 4 F - 3, H, W, 3)
     text    (n, tokens, text_dim) bfloat16        --wan only: the captions, embedded
+    null_text (tokens, text_dim) bfloat16         --wan only: the empty prompt, embedded
     plan, palette (n,) int64                      lowpoly only: the seeds of its geometry and its colours
     header: {"captions": [...]}
 
@@ -467,6 +468,7 @@ def make_shard(job):
     tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
     if cfg.wan:
         tensors['text'] = codec.embed(captions).bfloat16().cpu()
+        tensors['null_text'] = codec.embed([''])[0].bfloat16().cpu()
     if split == 0:
         del tensors['frames']
     file = f'{("train", "val")[split]}_{indices[0]:06d}.safetensors'
@@ -537,6 +539,14 @@ class Clips:
         f, row = self.rows[i]
         return [f.get_slice(key)[row] for key in keys or self.keys]
 
+    def null_text(self, cfg):
+        """The empty prompt as models read it, (1, text_len, text_dim); None where it is zeros."""
+        f, _ = self.rows[0]
+        if 'null_text' not in f.keys():
+            return None
+        from worlds.wan import pad_text
+        return pad_text(f.get_tensor('null_text')[None], cfg)
+
     def codec(self, device='cpu'):
         return find_codec(self.wan, str(device))
 
@@ -594,6 +604,7 @@ class Batch:
     draws: Draws                  # its random numbers
     captions: tuple
     more: tuple = ()              # further tensors of the clips, if Clips was given their keys
+    null_text: torch.Tensor | None = None     # (1, text_len, text_dim) the empty prompt, if it is not zeros
 
 
 def draw_sample(clips, j, frames, cfg, seed, whole):
@@ -643,7 +654,8 @@ def get_batch(clips, start, count, frames, cfg, seed=0, device='cpu', whole=Fals
     tensors, captions = zip(*samples)
     x0, c2w, K, text, eps, u, jump, *more = (torch.stack(column) for column in zip(*tensors))
     camera = Camera(relative(c2w), K, move=moves(c2w, jump=jump))
-    return to_device(Batch(x0, camera, text, eps, Draws(u), captions, tuple(more)), device)
+    batch = Batch(x0, camera, text, eps, Draws(u), captions, tuple(more), clips.null_text(cfg))
+    return to_device(batch, device)
 
 
 def to_device(x, device):

@@ -183,7 +183,7 @@ def dmd_gradient(x, x_t, t, batch, real, fake, guidance, given=0, over='camera')
     """
     v = real(x_t, t, batch.text, batch.camera)
     if guidance != 1:
-        null = real(x_t, t, *null_condition(over, batch.text, batch.camera))
+        null = real(x_t, t, *null_condition(over, batch.text, batch.camera, batch.null_text))
         v = null + guidance * (v - null)
     real_x0 = v_to_x0(x_t, v, t)
     fake_x0 = v_to_x0(x_t, fake(x_t, t, batch.text, batch.camera), t)

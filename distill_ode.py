@@ -106,7 +106,7 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
     text, camera = batch.text, batch.camera
     history = batch.x0
     if guidance != 1:                                  # the null branch is the second half of the batch
-        null_text, null_camera = null_condition(over, text, camera)
+        null_text, null_camera = null_condition(over, text, camera, batch.null_text)
         text = torch.cat([text, null_text])
         camera = Camera.cat([camera, null_camera], 0)
         history, level = torch.cat([history, history]), torch.cat([level, level])
@@ -169,7 +169,7 @@ def cd_loss(net, cfg, batch, teacher, averaged):
         # 2) the frozen teacher goes one Euler step from t to t'
         v = teacher_forced(teacher, net.cfg, past, x_t, t, level)
         if cfg.guidance != 1:
-            text, camera = null_condition(cfg.over, past.text, past.camera)
+            text, camera = null_condition(cfg.over, past.text, past.camera, past.null_text)
             without = replace(past, text=text, camera=camera)
             null = teacher_forced(teacher, net.cfg, without, x_t, t, level)
             v = null + cfg.guidance * (v - null)

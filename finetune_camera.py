@@ -26,7 +26,7 @@ from common import (Log, Meter, clip_gradients, command_line, describe, find_che
                     gate, learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume,
                     score, setup, shard, sync_gradients, update_ema)
 from data import batches, get_batch, open_clips, path_metrics, write_strip
-from model import PRESETS, DiT, add_noise, sample_clip, schedule, shift_time
+from model import PRESETS, DiT, add_noise, empty_prompt, sample_clip, schedule, shift_time
 
 
 @dataclass
@@ -85,7 +85,7 @@ def loss_fn(model, cfg, batch):
     x_t = add_noise(batch.x0, batch.eps, t)
     # 3) in some the prompt or the camera is dropped, so that a null branch exists for guidance
     keep_text = draws.drop_text >= cfg.drop_text
-    text = batch.text * keep_text.float()[:, None, None]
+    text = torch.where(keep_text[:, None, None], batch.text, empty_prompt(batch.text, batch.null_text))
     camera = None
     if cfg.camera != 'none':
         camera = replace(batch.camera, on=draws.drop_camera >= cfg.drop_camera)

@@ -648,12 +648,18 @@ def sample_clip(model, noise, text, camera, times, first_frame=None):
     return x
 
 
-def null_condition(over, text, camera):
+def empty_prompt(text, null_text):
+    """What text (B, text_len, text_dim) is when it is dropped: null_text (1, text_len, text_dim), as Wan
+    embeds the empty prompt, or zeros if that is None."""
+    return torch.zeros_like(text) if null_text is None else null_text.expand_as(text)
+
+
+def null_condition(over, text, camera, null_text=None):
     """(text, Camera) of guidance's null branch: without 'camera', or with an empty prompt ('text')."""
     if over not in ('camera', 'text'):
         raise BadInput(f'--over {over}: choose camera or text')
     if over == 'text':
-        return torch.zeros_like(text), camera
+        return empty_prompt(text, null_text), camera
     return text, replace(camera, on=torch.zeros_like(text[:, 0, 0], dtype=torch.bool))
 
 # -----------------------------------------------------------------------------
@@ -700,14 +706,14 @@ class Walk:
     (5 6) is denoised    0 3 4     0 2 3 4
     """
 
-    def __init__(self, model, text, noise, window, guidance, over, jump):
+    def __init__(self, model, text, noise, window, guidance, over, jump, null_text):
         self.model, self.cfg = model, model.cfg
         self.noise, self.window = noise, window
         self.guidance, self.over, self.jump = guidance, over, jump
         self.B = len(text)
         if guidance != 1:                          # the null branch is the second half of the batch
-            null_text = torch.zeros_like(text) if over == 'text' else text
-            text = torch.cat([text, null_text])
+            null = empty_prompt(text, null_text) if over == 'text' else text
+            text = torch.cat([text, null])
         self.text = text
         # can old frames simply be evicted? Not if cached keys hold poses relative to an origin that moves
         self.rolls = self.cfg.sink or 'plucker' not in self.cfg.camera
@@ -866,7 +872,7 @@ class Walk:
 
 
 def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, window=64, renoise=False,
-            exit_step=None, first_times=None, context=0.0, over='camera', jump=None):
+            exit_step=None, first_times=None, context=0.0, over='camera', jump=None, null_text=None):
     """Generate a video chunk by chunk with a KV cache: yield clean chunks (B, n, C, H, W) for each camera.
     A chunk costs len(times) - 1 calls: the first call of the next chunk also writes it to the cache. (With
     gradient, or when the window restarts, it is a separate call.)
@@ -885,8 +891,9 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
     exit_step    training (Self Forcing, algorithm 1): every chunk stops at this step and its x0 is the chunk.
                  That call carries gradient, if enabled; the cache is written from the detached x0
     jump         (B,) bool, with a sink: walks whose second frame is elsewhere than their first one
+    null_text    the empty prompt, see empty_prompt
     """
-    walk = Walk(model, text, noise, window, guidance, over, jump)
+    walk = Walk(model, text, noise, window, guidance, over, jump, null_text)
     for camera in cameras:
         n = camera.K.shape[1]
         walk.make_room(n)

@@ -182,9 +182,10 @@ def generate(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along the paths c2w (B, F, 4, 4) with intrinsics K (B, 4). F' is F,
     or 4 F - 3 with Wan's codec. first: latents of frame 0, or None. noise: made by data.noise_for."""
     text = codec.embed(captions, model.cfg).to(c2w.device)
+    null_text = codec.embed([''], model.cfg).to(text) if cfg.over == 'text' else None
     K = K[:, None].expand(-1, c2w.shape[1], -1)           # (B, F, 4)
     z = rollout_clip(model, c2w, K, text, noise=noise, first_frame=first,
-                     **sampler(cfg, header, model.cfg.shift))
+                     null_text=null_text, **sampler(cfg, header, model.cfg.shift))
     return torch.cat([codec.decode(video) for video in z.split(1)])   # one by one: memory
 
 
@@ -493,11 +494,12 @@ class Live:
         cfg = replace(self.cfg, steps=self.asked['steps'] or usual_steps(self.header))
         prompt = self.asked['prompt'] or self.caption
         text = codec.embed([prompt], m).to(self.device)
+        null_text = codec.embed([''], m).to(text) if cfg.over == 'text' else None
         noise = noise_for([(cfg.seed, self.frame)], (m.in_dim, H // 8, W // 8), self.device)
         decode = codec.stream()
         path = []                     # the newest Steps; `cameras` adds to it
         chunks = rollout(self.model, self.cameras(path), text, noise=noise, first_frame=self.latents,
-                         **sampler(cfg, self.header, m.shift))
+                         null_text=null_text, **sampler(cfg, self.header, m.shift))
         for z in chunks:
             pictures = to_uint8(decode(z)[0])             # (n, H, W, 3)
             shown = [step for step in path[-z.shape[1]:] for _ in range(codec.stride)]

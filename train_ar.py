@@ -25,7 +25,8 @@ from common import (Log, Meter, clip_gradients, command_line, describe, find_che
                     gate, learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume,
                     score, setup, shard, sync_gradients, update_ema)
 from data import Clips, batches, get_batch, noise_for, open_clips, path_metrics, write_strip
-from model import PRESETS, DiT, add_noise, chunk_ids, rollout_clip, schedule, shift_time, teacher_forced
+from model import (PRESETS, DiT, add_noise, chunk_ids, empty_prompt, rollout_clip, schedule, shift_time,
+                   teacher_forced)
 
 
 @dataclass
@@ -84,7 +85,7 @@ def loss_fn(model, cfg, batch, history=None):
     x_t = add_noise(batch.x0, batch.eps, t)
     # 2) the prompt or the camera is dropped in some clips
     keep_text = draws.drop_text >= cfg.drop_text
-    text = batch.text * keep_text.float()[:, None, None]
+    text = torch.where(keep_text[:, None, None], batch.text, empty_prompt(batch.text, batch.null_text))
     camera = replace(batch.camera, on=draws.drop_camera >= cfg.drop_camera)
     # 3) the history is a little noisy and its times say so, since at inference the history has errors too.
     #    (The same eps is no leak: no chunk sees its own history)

@@ -126,7 +126,7 @@ def rolled_out_windows(teacher, cfg, clip, rng, count):
     seeds = rng.integers(2 ** 31, size=B)
     noise = noise_for(seeds, clip.x0.shape[2:], K.device, stream=13)
     video = rollout_clip(teacher, c2w, K, clip.text, times, noise, clip.x0[:, :1], window=F, jump=jump,
-                         guidance=cfg.guidance, over=cfg.over, context=cfg.context)
+                         guidance=cfg.guidance, over=cfg.over, context=cfg.context, null_text=clip.null_text)
 
     # window i is of clip rows[i] and begins at frame start[i]; with a sink its first frame is the clip's
     rows = torch.arange(count, device=K.device) % B
@@ -148,4 +148,5 @@ def rolled_out_windows(teacher, cfg, clip, rng, count):
         eps=clip.eps[row, frames],
         draws=Draws(clip.draws.u[row, columns]),
         captions=tuple(clip.captions[i] for i in rows.tolist()),
+        null_text=clip.null_text,
     )

@@ -84,6 +84,8 @@ def test_text_ends_in_zeros_and_does_not_see_its_padding(codec):
     torch.testing.assert_close(codec.embed(['a room'])[0], short[:3], rtol=0, atol=.05)   # bfloat16
     cfg = ModelConfig(text_dim=DIM, text_len=4)
     assert codec.embed(['a grey room walk a'], cfg).shape == (1, 4, DIM)
+    null = codec.embed([''], cfg)[0]                        # the end mark, not zeros
+    assert null[0].abs().sum() > 0 and (null[1:] == 0).all()
     with pytest.raises(BadInput, match='captions of 8 numbers'):
         codec.embed(['a'], ModelConfig(text_dim=4096, text_len=512))
     long = torch.randn(2, 3, DIM).bfloat16()
@@ -123,6 +125,9 @@ def test_from_video_to_walk(wan, tmp_path):
     batch = get_batch(clips, 0, 2, 5, ModelConfig(text_dim=DIM, text_len=512))
     assert batch.text.shape == (2, 512, DIM)
     assert (batch.text[:, 4:] == 0).all() and batch.text[:, :4].abs().sum() > 0
+    null = Wan(str(wan)).embed(['']).bfloat16()
+    assert null.shape == (1, 1, DIM)
+    assert torch.equal(batch.null_text, pad_text(null, ModelConfig(text_dim=DIM, text_len=512)))
 
     run('finetune_camera.py', '--init', wan / 'transformer', '--camera', 'plucker', '--sample_steps', 2, *few)
     run('train_ar.py', '--init', f'{out}/camera.safetensors', '--chunk', 2, '--sample_steps', 2, *few)

@@ -83,8 +83,9 @@ class Wan:
 
     @torch.no_grad()
     def embed(self, captions, cfg=None):
-        """Captions -> (B, tokens of the longest caption, text_dim), 0 behind each caption's end. With the cfg
-        of a model, as that model reads them: (B, text_len, text_dim) float32."""
+        """Captions -> (B, tokens of the longest caption, text_dim), 0 behind each caption's end. The empty
+        one is its end mark, Wan's null prompt. With the cfg of a model, as that model reads them: (B,
+        text_len, text_dim) float32."""
         tokenizer, encoder = self.text_encoder
         captions = [' '.join(html.unescape(html.unescape(caption)).split()) for caption in captions]
         tokens = tokenizer(captions, padding='longest', truncation=True, max_length=512, return_tensors='pt')
