@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from camera import KEYS, BadInput, Camera, apply_keys, keys_to_poses, make_pose, parse_keys, relative
-from common import command_line, load_model, pick_device
+from common import command_line, cpu_cores, load_model, pick_device
 from data import Config as DataConfig
 from data import Clips, Lowpoly, find_codec, free, load_manifest, lowpoly_clips, make_plan, noise_for
 from model import rollout, rollout_clip, schedule
@@ -712,7 +712,7 @@ def live(cfg):
         raise BadInput('--live needs websockets 13 or newer: pip install --upgrade websockets')
     device, dtype = pick_device(cfg.device, cfg.dtype)
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() // 2))   # more would stutter beside the browser
+        torch.set_num_threads(max(1, cpu_cores() // 2))   # more would stutter beside the browser
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # Ctrl-C: at once, whatever the threads do
     walk = Live(cfg, device, dtype)
     page = (pathlib.Path(__file__).parent / 'assets/stream.html').read_text()
