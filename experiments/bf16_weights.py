@@ -59,9 +59,9 @@ def moved(before, after):
     return (change > 0).float().mean().item(), change[change > 0].median().item()
 
 
-def main(start, data):
+def main(start, data, *methods):
     rows = []
-    for method in ('cd', 'dmd'):
+    for method in methods or ('cd', 'dmd'):
         for bfloat16 in (False, True):
             kind = 'bfloat16 weights' if bfloat16 else 'float32 masters'
             out = f'{start}/bf16-weights-{method}-{bfloat16}'
@@ -82,6 +82,6 @@ def main(start, data):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
     main(*sys.argv[1:])
