@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 import common
 import distill_dmd
 import distill_ode
+import experiments.score
 import finetune_camera
 import train_ar
-from camera import BadInput
+from camera import BadInput, relative
 from common import Log, Run, load_tensors, save_model, save_tensors
 from conftest import run
-from data import Clips, Config, decode, get_batch, lowpoly_clips, make, noise_for
+from data import Clips, Config, Dct, decode, encode, get_batch, lowpoly_clips, make, make_recipe, noise_for
 from experiments.score import other_worlds, picture_scores, visible_scores
 from model import DiT, ModelConfig
 from stream import Config as Walk
@@ -126,6 +127,32 @@ def test_seen_and_unseen_are_told_apart():
     scores = visible_scores(video, truth, visible)
     assert scores['psnr_seen'] == pytest.approx([40] * 3, abs=.01)
     assert scores['psnr_unseen'] == pytest.approx([20] * 3, abs=.01)
+
+
+@pytest.mark.parametrize('first', ['world', 'prompt'])
+def test_a_score_compares_each_path_with_its_truth_and_with_the_next_clips(first, monkeypatch):
+    """The model's place is taken by one that shows the truth, encoded and decoded, along the right path, else grey."""
+    recipe = make_recipe(Config(clips=1, val_clips=4, frames=3, height=32, width=32))
+    world, captions = lowpoly_clips(Config(**recipe), 1, range(4))
+    truth, asked = world['frames'].float() / 255, []
+
+    def told(model, cfg, header, codec, c2w, K, prompts, first, noise):
+        asked.append((c2w, prompts, first))
+        return decode(encode(truth)) if len(asked) == 1 else torch.full_like(truth, .5)
+    monkeypatch.setattr(experiments.score, 'generate', told)
+    cfg = experiments.score.Config(steps=1, first=first)
+    header = {'stage': 'ar', 'frames': 3, 'data': {'recipe': recipe}}
+    scores = experiments.score.score(DiT(TINY), cfg, header, Dct(), torch.device('cpu'), find_poses=False)
+    for (c2w, prompts, latents), shift in zip(asked, (0, 1)):
+        torch.testing.assert_close(c2w, relative(world['c2w'][[(i + shift) % 4 for i in range(4)]]), rtol=0, atol=1e-6)
+        assert prompts == captions and (latents is None) == (first == 'prompt')
+    if first == 'prompt':                                     # other worlds: PSNR says nothing, and fd's floor is higher
+        assert not [name for name in scores if 'psnr' in name] and scores['fd_floor'] > 10 * scores['fd_ceiling']
+        assert 'other worlds' in scores['fd_compares']
+        return
+    assert scores['psnr'] == pytest.approx(db(decode(encode(truth)), truth).tolist(), abs=1e-3)
+    assert scores['psnr_wrong_path'] == pytest.approx(db(torch.full_like(truth, .5), truth).tolist(), abs=1e-3)
+    assert scores['fd'] == scores['fd_floor'] == scores['fd_ceiling'] > 0 and 'same paths' in scores['fd_compares']
 
 
 def test_the_frechet_floor_of_other_worlds_is_far_above_that_of_the_same_paths():
