@@ -1,4 +1,5 @@
 """What is measured: each stage's evaluation, the pictures' measures, which checkpoint is kept, what a log says."""
+import dataclasses
 import glob
 import json
 import os
@@ -15,10 +16,12 @@ import distill_ode
 import experiments.score
 import finetune_camera
 import train_ar
+from backbones.layouts import flops
 from camera import BadInput, relative
 from common import Log, Run, load_tensors, save_model, save_tensors
 from conftest import run
 from data import Clips, Config, Dct, decode, encode, get_batch, lowpoly_clips, make, make_recipe, noise_for
+from experiments import bench
 from experiments.score import other_worlds, picture_scores, visible_scores
 from model import DiT, ModelConfig
 from stream import Config as Walk
@@ -294,3 +297,18 @@ def test_a_full_disk_is_one_sentence_and_the_older_file_stays(error, tmp_path, m
     with pytest.raises(BadInput, match='a.safetensors: cannot be written'):
         save_tensors(path, {'x': torch.ones(1)}, {})
     assert os.listdir(tmp_path) == ['a.safetensors'] and not load_tensors(path)[0]['x'].any()
+
+
+@pytest.mark.parametrize('chunk', [1, 4])
+def test_the_floor_of_a_timing_counts_the_passes_that_a_walk_makes(chunk, monkeypatch):
+    """Each frame goes through the network at every step and once more, clean."""
+    model = DiT(dataclasses.replace(TINY, chunk=chunk)).eval()
+    recipe, passed, counted = make_recipe(Config(clips=1, val_clips=4, frames=3, height=16, width=16)), [], []
+    model.register_forward_hook(lambda m, args, kw, v: passed.append(args[0].shape[1]), with_kwargs=True)
+    monkeypatch.setattr(bench, 'floor_seconds', lambda flop, *args: counted.append(flop) or 1.)
+    header = {'stage': 'dmd', 'frames': 400, 'data': {'recipe': recipe}}
+    cfg = bench.Config(steps=4, frames=200)
+    bench.bench(model, cfg, header, Dct(), torch.device('cpu'))
+    passes = sum(passed) / 200
+    assert passes == pytest.approx(5, abs=.15)                # not 4.25
+    assert counted[0] == pytest.approx(passes * flops(model.cfg, chunk, 1, 300) / chunk, rel=.04)
