@@ -146,3 +146,10 @@ def test_a_cameras_frames_keep_their_moves_and_join_again():
     assert torch.equal(joined.c2w, path) and torch.equal(joined.move, camera.move) and joined.on is camera.on
     batch = Camera.cat([camera, Camera(path, K)], 0)
     assert batch.on.tolist() == [True, False, True, True] and len(batch.c2w) == len(batch.move) == len(batch.K) == 4
+
+
+def test_of_two_frames_nobody_can_say_whether_they_jump():
+    far = torch.eye(4).repeat(1, 3, 1, 1)
+    far[:, 1:, 0, 3] = 9
+    assert starts_elsewhere(far).all()
+    assert not starts_elsewhere(far[:, :2]).any() and not starts_elsewhere(far[:, :1]).any()

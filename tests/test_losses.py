@@ -5,13 +5,14 @@ import types
 import pytest
 import torch
 
+import common
 import distill_dmd
 import distill_ode
 import finetune_camera
 import train_ar
 from camera import Camera, intrinsics, keys_to_poses
-from common import save_model
-from data import Batch, Clips, Draws
+from common import Run, save_model
+from data import Batch, Clips, Config, Draws, make
 from model import rollout, schedule
 from test_distill import ALONE
 from test_model import TINY, grid, tiny_model
@@ -318,3 +319,26 @@ def test_a_yielded_chunk_keeps_no_graph(camera, sink):
                      exit_step=1, context=.2)
     assert [x.requires_grad for x in chunks] == [False] + [True] * 8
     assert len(inputs) >= 16 and not any(inputs)
+
+
+@pytest.mark.parametrize('sink', [False, True])
+def test_walks_of_stage_3_begin_at_the_door(sink, tmp_path):
+    """Where clips have one, and a sink keeps it: also if nothing is generated before the scored frames."""
+    folder = make(Config(out=f'{tmp_path}/d', plans=1, clips=8, val_clips=1, frames=9, door=True, height=16, width=16))
+    clips = Clips(folder)
+    run = Run(0, 1, torch.device('cpu'), torch.float32, micro=16)
+    cfg = distill_dmd.Config(frames=F, before=0, batch=16)
+    ((data, _),) = distill_dmd.micro_batches(0, tiny_model(sink=sink), cfg, run, clips)
+    doors = [clips.read(i, ['latents'])[0][0].float() for i in range(8)]
+    at_the_door = [any(torch.equal(x, door) for door in doors) for x in data.x0[:, 0]]
+    assert all(at_the_door) if sink else 0 < sum(at_the_door) < 16
+
+
+def test_other_processes_are_waited_for_longer_than_an_evaluation_takes(monkeypatch, tmp_path):
+    """NCCL's own ten minutes would end a run while rank 0 evaluates."""
+    asked = {}
+    monkeypatch.setattr(common.dist, 'init_process_group', lambda backend, timeout: asked.update(timeout=timeout))
+    for name, value in (('RANK', '1'), ('WORLD_SIZE', '2'), ('LOCAL_RANK', '0')):
+        monkeypatch.setenv(name, value)
+    common.setup(train_ar.Config(out=str(tmp_path), device='cpu'))
+    assert asked['timeout'].total_seconds() >= 3600

@@ -150,7 +150,7 @@ def test_a_score_compares_each_path_with_its_truth_and_with_the_next_clips(first
     for (c2w, prompts, latents), shift in zip(asked, (0, 1)):
         torch.testing.assert_close(c2w, relative(world['c2w'][[(i + shift) % 4 for i in range(4)]]), rtol=0, atol=1e-6)
         assert prompts == captions and (latents is None) == (first == 'prompt')
-    if first == 'prompt':                                     # other worlds: PSNR says nothing, and fd's floor is higher
+    if first == 'prompt':                                     # other worlds: no PSNR, and fd has a higher floor
         assert not [name for name in scores if 'psnr' in name] and scores['fd_floor'] > 10 * scores['fd_ceiling']
         assert 'other worlds' in scores['fd_compares']
         return
