@@ -12,7 +12,7 @@ import finetune_camera
 import train_ar
 from camera import Camera, intrinsics, keys_to_poses
 from common import Run, save_model
-from data import Batch, Clips, Config, Draws, make
+from data import Batch, Clips, Config, Draws, get_batch, make
 from model import rollout, schedule
 from test_distill import ALONE
 from test_model import TINY, grid, tiny_model
@@ -342,3 +342,32 @@ def test_other_processes_are_waited_for_longer_than_an_evaluation_takes(monkeypa
         monkeypatch.setenv(name, value)
     common.setup(train_ar.Config(out=str(tmp_path), device='cpu'))
     assert asked['timeout'].total_seconds() >= 3600
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def test_a_step_averages_its_micro_batches_and_no_sample_comes_twice(data, tmp_path, monkeypatch):
+    """Three steps of two micro-batches of two: samples 0 to 11, in order. The loss is the bias times the mean of the
+    noise, so its gradient is that mean, over a step's four samples. (The loop is the same in stages 0 to 2.)"""
+    model, clips, seen, grads, kept = tiny_model(), Clips(data), [], [], []
+    cfg = train_ar.Config(frames=F, batch=4, accum=2, steps=3, warmup=0, data=data, out=str(tmp_path), muon=False)
+    bias = model.head.head.bias
+
+    def objective(net, cfg, batch):
+        seen.append(batch.eps)
+        return bias.sum() * batch.eps.mean(), torch.zeros(2, F), torch.zeros(2, F)
+
+    def before_the_step(params, limit):
+        grads.append(bias.grad.clone())
+        return 0.
+    monkeypatch.setattr(train_ar, 'clip_gradients', before_the_step)
+    monkeypatch.setattr(train_ar, 'score', lambda evaluate, cfg, stage, run, model, ema, *more: (ema, {}))
+    monkeypatch.setattr(train_ar, 'update_ema', lambda ema, model, decay, step: kept.append((decay, step)))
+    run = Run(0, 1, torch.device('cpu'), torch.float32, micro=2)
+    ema = {name: x.clone() for name, x in model.state_dict().items()}
+    train_ar.train(cfg, 'ar', run, model, ema, objective, clips, Clips(data, 'val'))
+    eps = get_batch(clips, 0, 12, F, model.cfg).eps
+    assert torch.equal(torch.cat(seen), eps)
+    for step, grad in enumerate(grads):
+        torch.testing.assert_close(grad, eps[4 * step:4 * step + 4].mean().expand(len(bias)))
+    assert len(grads) == 3 and kept == [(cfg.ema, 0), (cfg.ema, 1), (cfg.ema, 2)]
