@@ -197,11 +197,11 @@ def test_stage_3_keeps_the_best_and_reports_it_in_other_worlds(data, tmp_path, m
     """Scores of .5, .2, .9 (lower is better): the second is kept. It was chosen in one half of the held-out worlds;
     its metrics are of the other half."""
     monkeypatch.chdir(tmp_path)
-    model, scores, judged, updates = DiT(TINY), iter([.5, .2, .9]), [], []
+    model, scores, judged, updates, averaged = DiT(TINY), iter([.5, .2, .9]), [], [], []
     for name, stage in (('ode', 'ode'), ('camera', 'camera')):
         save_model(f'{name}.safetensors', model.state_dict(), model.cfg, stage=stage, step=1)
     cfg = distill_dmd.Config(init='ode.safetensors', score='camera.safetensors', data=data, out=str(tmp_path), frames=5,
-                             steps=3, eval_every=1, log_every=1, batch=4, before=0, critic=2)
+                             steps=3, eval_every=1, log_every=1, batch=4, before=0, critic=2, warmup=0)
     clips, held_out = Clips(data), Clips(data, 'val')
 
     def scored(evaluate, cfg, stage, run, model, ema, clips, log, step):
@@ -210,7 +210,13 @@ def test_stage_3_keeps_the_best_and_reports_it_in_other_worlds(data, tmp_path, m
     monkeypatch.setattr(distill_dmd, 'score', scored)
     monkeypatch.setattr(distill_dmd, 'evaluate', lambda model, cfg, clips, *args: judged.append(clips.captions) or {
         'score': 7.})
-    monkeypatch.setattr(distill_dmd, 'step_on', lambda net, *args: updates.append(net) or 0.)
+    def stepped(net, optimizer, *args):
+        (group,) = optimizer.param_groups
+        assert {id(p) for p in group['params']} == {id(p) for p in net.parameters()}
+        updates.append((net, group['lr']))
+        return 0.
+    monkeypatch.setattr(distill_dmd, 'step_on', stepped)
+    monkeypatch.setattr(distill_dmd, 'update_ema', lambda ema, *args: averaged.append(args))
     nets = distill_dmd.start_nets(cfg, ALONE)
     distill_dmd.train(cfg, ALONE, nets, clips, held_out)
     tensors, header = load_tensors(f'{tmp_path}/dmd.safetensors')
@@ -219,7 +225,10 @@ def test_stage_3_keeps_the_best_and_reports_it_in_other_worlds(data, tmp_path, m
     assert load_tensors(f'{tmp_path}/dmd.last.safetensors')[1]['step'] == 3
     assert judged == [held_out.captions[2:]] * 3 + [held_out.captions[:2]]
     # the critic goes first: while fake = real the generator has nothing to learn from
-    assert [net is nets['generator'] for net in updates] == [False, False] + 3 * [True, False, False]
+    generator = nets['generator']
+    assert [net is generator for net, _ in updates] == [False, False] + 3 * [True, False, False]
+    assert [lr for _, lr in updates[:3]] == [cfg.critic_lr, cfg.critic_lr, cfg.lr]
+    assert [(net is generator, decay, step) for net, decay, step in averaged] == [(True, cfg.ema, i) for i in range(3)]
 
 
 @pytest.mark.parametrize('stage', ['base', 'camera', 'ar', 'ode', 'cd', 'dmd'])
