@@ -107,6 +107,8 @@ def prepare(cfg):
     device, dtype = pick_device(cfg.device, cfg.dtype)
     chunks = getattr(cfg, 'chunk', 0), getattr(cfg, 'first_chunk', 0)         # experiments have no such flags
     model, header, codec = load(cfg.ckpt, device, cfg.data, chunks)
+    if header['stage'] == 'wan' and cfg.steps == 0:
+        print('8 Euler steps a chunk; if it is distilled, say --steps 4')
     cfg.steps = cfg.steps or usual_steps(header)
     return model.to(dtype).eval(), header, codec, device
 
