@@ -358,6 +358,7 @@ def test_three_networks_share_nothing_and_only_the_right_one_learns(nets, condit
         monkeypatch.setattr(distill_dmd, 'self_rollout', why_self_rollout.rollout_on_true_history)
     cfg.guidance = 3.0                                         # at first fake = real: only guidance makes a gradient
     places = [{p.data_ptr() for p in n.parameters()} for n in nets.values()]
+    assert not any(p.requires_grad for p in nets['real'].parameters())
     assert len(places) == 3 and not places[0] & places[1] and not places[1] & places[2] and not places[0] & places[2]
     index = [(0, 0, j) for j in range(B)]
     learns = lambda name: any(p.grad is not None and p.grad.abs().max() > 0 for p in nets[name].parameters())
