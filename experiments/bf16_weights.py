@@ -47,12 +47,15 @@ def train(method, start, data, out, bfloat16):
     return cfg.init
 
 
-def moved(before, after):
-    """(Share of the weights above .01 that differ, the median of their relative changes)."""
+def moved(before, after, bfloat16):
+    """(Share of the weights above .01 that differ, the median of their relative changes). What the start
+    loses when it is rounded to bfloat16 does not count."""
     old, _ = load_tensors(before)
     new, _ = load_tensors(after)
     prefix = 'model.generator.' if 'model.generator.head.head.weight' in new else 'model.'
-    old_all = torch.cat([old[name].flatten().float() for name in sorted(old)])
+    old_all = torch.cat([old[name].flatten() for name in sorted(old)])
+    if bfloat16:
+        old_all = old_all.bfloat16().float()
     new_all = torch.cat([new[prefix + name].flatten().float() for name in sorted(old)])
     large = old_all.abs() > .01
     change = ((new_all - old_all).abs() / old_all.abs())[large]
@@ -66,7 +69,7 @@ def main(start, data, *methods):
             kind = 'bfloat16 weights' if bfloat16 else 'float32 masters'
             out = f'{start}/bf16-weights-{method}-{bfloat16}'
             before = train(method, start, data, out, bfloat16)
-            share, change = moved(before, f'{out}/{method}.resume.safetensors')
+            share, change = moved(before, f'{out}/{method}.resume.safetensors', bfloat16)
             with open(f'{out}/{method}.jsonl') as f:
                 entries = [json.loads(line) for line in f]
             losses = [entry['loss'] for entry in entries if 'lr' in entry]
