@@ -76,7 +76,9 @@ def test_an_evaluation_compares_with_the_raw_truth_on_the_right_path_and_on_anot
                 assert options.get('renoise', False) == (module in (distill_ode, distill_dmd))
                 assert options['context'] == .15 and options['window'] == 5
     if module is distill_dmd:
-        assert metrics['sharpness'] == metrics['motion'] == 1 and metrics['fd'] == metrics['fd_floor'] > 0
+        later = [x[:, 1:].flatten(0, 1) for x in (decode(batch.x0), truth)]             # frame 0 is given
+        assert metrics['sharpness'] == metrics['motion'] == 1
+        assert metrics['fd'] == metrics['fd_floor'] == pytest.approx(distill_dmd.frechet(*later)) and metrics['fd'] > 0
         assert metrics['score'] == metrics['fd']
 
 
@@ -180,6 +182,8 @@ def test_training_held_out_clips_and_walks_draw_from_streams_of_their_own(data):
             eps = r.standard_normal((5, 16, 4, 4), dtype=np.float32)
             assert torch.equal(batch.eps[j], torch.from_numpy(eps))
     assert not torch.isclose(train.draws.u, val.draws.u).all(1).any()
+    short = get_batch(Clips(data, 'val'), 0, 4, 3, TINY)      # held-out clips come in order, each from its start
+    assert torch.equal(short.x0, val.x0[:, :3])
     assert not torch.equal(train.x0, val.x0)
     one = Config(plans=1, frames=3)
     paths = [lowpoly_clips(one, split, range(4))[0]['c2w'] for split in (0, 1)]

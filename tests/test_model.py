@@ -10,8 +10,8 @@ from torch.nn import functional
 
 import model as model_py
 from camera import BadInput, Camera, intrinsics, keys_to_poses
-from common import (NEWTON_SCHULZ, Muon, gate, learning_rate, load_model, make_optimizers, save_model, save_tensors,
-                    update_ema)
+from common import (NEWTON_SCHULZ, Muon, clip_gradients, gate, learning_rate, load_model, make_optimizers, save_model,
+                    save_tensors, update_ema)
 from conftest import ROOT
 from model import (PRESETS, DiT, KVCache, ModelConfig, RMSNorm, add_noise, attention, causal_mask, chunk_ids,
                    dense_attention, flex_frame_attention, mask_rows, masked_attention, rotary_table, rotate,
@@ -109,14 +109,26 @@ def test_what_streaming_keeps_may_be_trained_with():
     torch.testing.assert_close(streamed, trained.detach(), rtol=0, atol=1e-5)
 
 
-def test_zero_initialised_camera_equals_the_base_model_and_dropped_camera_is_none():
+def test_gradients_are_clipped_to_the_limit_and_must_be_numbers():
+    p = torch.nn.Parameter(torch.zeros(2))
+    for limit, want in ((1., [.6, .8]), (9., [3., 4.])):
+        p.grad = torch.tensor([3., 4.])
+        assert clip_gradients([p], limit) == pytest.approx(5)
+        torch.testing.assert_close(p.grad, torch.tensor(want), rtol=1e-4, atol=0)
+    p.grad = torch.tensor([1., torch.nan])
+    with pytest.raises(BadInput, match='nothing of it is kept'):
+        clip_gradients([p], 1.)
+
+
+@pytest.mark.parametrize('kind', ['plucker', 'prope', 'plucker+prope'])
+def test_zero_initialised_camera_equals_the_base_model_and_dropped_camera_is_none(kind):
     torch.manual_seed(0)
-    base, model = tiny_model(camera='none'), DiT(TINY)
+    base, model = tiny_model(camera='none'), DiT(dataclasses.replace(TINY, camera=kind))
     model.load_state_dict(base.state_dict(), strict=False)
     x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), torch.randn(2, 4, 8)
     camera = Camera(keys_to_poses('wl*2').expand(2, 3, 4, 4), intrinsics(90, 1).expand(2, 3, 4))
     assert torch.equal(model(x, t, text, camera), base(x, t, text))
-    steered = tiny_model()
+    steered = tiny_model(camera=kind)
     off = steered(x, t, text, dataclasses.replace(camera, on=torch.tensor([True, False])))
     assert not torch.allclose(off[0], steered(x, t, text)[0], atol=1e-3)
     torch.testing.assert_close(off[0], steered(x, t, text, camera)[0])
@@ -205,6 +217,8 @@ def test_ema_optimizers_and_learning_rate():
     ema = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     update_ema(ema, model, .9, 10 ** 6)
     torch.testing.assert_close(ema['head.head.weight'], .1 * model.head.head.weight.detach())
+    update_ema(ema, model, .9, 0)                              # at first it forgets its start: 1/10, not .9
+    torch.testing.assert_close(ema['head.head.weight'], .91 * model.head.head.weight.detach())
     adam, muon = make_optimizers(model, 1e-3, True, (.9, .99), torch.float32)
     count = lambda o: sum(len(g['params']) for g in o.param_groups)
     assert count(adam) + count(muon) == len(list(model.parameters())) and count(muon) == 2 * 10
