@@ -33,6 +33,7 @@ from model import DiT, ModelConfig, flash_attn_func
 AT_LEAST_1 = ('batch accum log_every save_every eval_every eval_clips sample_steps paths pairs pair_batch '
               'critic student_steps teacher_steps').split()
 SHARES = 'p_first drop_text drop_camera drift context context_noise decay ema beta1 beta2'.split()
+AT_MOST_1000 = 'guidance fps sample_steps student_steps teacher_steps'.split()
 POSITIVE = 'lr critic_lr clip'.split()     # where they are floats: stream.py's --clip is the number of a clip
 
 
@@ -57,6 +58,15 @@ def check_limits(cfg):
         if not (least <= value <= most and math.isfinite(value)):
             allowed = f'at least {least:g}' if most == math.inf else f'from {least:g} to {most:g}'
             raise BadInput(f'--{f.name} {value}: {allowed}')
+        if f.name in AT_MOST_1000 or f.name == 'steps' and not hasattr(cfg, 'lr'):      # a sampler's steps
+            most = 1000
+        elif f.type is int and f.name != 'seed':
+            most = 10 ** 7
+        if value > most:
+            raise BadInput(f'--{f.name} {value}: at most {most}')
+
+
+NO_MEMORY = 'allocate memory|out of memory|terminated abruptly'   # the last of a process that was killed
 
 
 def true_or_false(text):

@@ -393,7 +393,8 @@ def check(cfg):
     """Raise BadInput if such clips cannot be made."""
     if cfg.world not in WORLDS:
         raise BadInput(f'--world {cfg.world}: choose one of {", ".join(WORLDS)}')
-    if min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames) < 1 or cfg.height % 16 or cfg.width % 16:
+    if (min(cfg.plans, cfg.clips, cfg.val_clips, cfg.frames, cfg.height, cfg.width) < 1
+            or cfg.height % 16 or cfg.width % 16):
         raise BadInput('plans, clips, val_clips and frames must be at least 1, '
                        'height and width multiples of 16')
     if cfg.world == 'folder':

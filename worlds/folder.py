@@ -248,7 +248,7 @@ def video_span(cfg):
 
 def check(cfg):
     """Print which videos are found and which are skipped. Raise BadInput if no clips can be made of them."""
-    if cfg.pose_scale != -1 and not 0 < cfg.pose_scale < math.inf:
+    if cfg.pose_scale != -1 and not 0 < cfg.pose_scale < 1e6:
         raise BadInput('--world folder: say what a unit of the poses is: --pose_scale METRES, '
                        'or -1 where nobody knows')
     if cfg.stride < 1:

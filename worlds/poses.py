@@ -259,7 +259,7 @@ def minwm_keys(path, text):
     decimals is cut to a whole number."""
     keys = []
     for group in text.lower().split(','):
-        match = re.fullmatch(r'([a-z]+)\s*(?:[-*]\s*([0-9]+(?:\.[0-9]*)?))?', group.strip())
+        match = re.fullmatch(r'([a-z]+)\s*(?:[-*]\s*([0-9]{1,6}(?:\.[0-9]*)?))?', group.strip())
         word, count = match.groups() if match else ('?', None)
         held = WORDS.get(word, word)
         if group.strip() and not set(held) <= set(KEYS):
