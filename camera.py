@@ -200,8 +200,8 @@ def parse_keys(text):
         group = group.strip()
         match = re.fullmatch(rf'((?:{words}|[{KEYS}])*)\s*(?:[*-]\s*(\d{{1,6}})(?:\.\d*)?)?', group)
         if not match or not group:
-            raise BadInput(f'keys: group {i} of "{text}" is "{group}": write letters of {KEYS} or {words}, '
-                           'then *count, below a million, as in "w*12,wl*6"')
+            raise BadInput(f'keys: group {i} of "{text[:80]}" is "{group[:40]}": write letters of {KEYS} '
+                           f'or {words}, then *count, below a million, as in "w*12,wl*6"')
         held, count = match.groups()
         for word, key in WORDS.items():
             held = held.replace(word, key)

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
+import tempfile
 import textwrap
 import time
 import zlib
@@ -82,14 +84,18 @@ def command_line(main, Config, doc):
     for f in fields(Config):
         kind = true_or_false if f.type is bool else f.type
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'(default: {f.default})')
-    cfg = Config(**vars(parser.parse_args()))
     try:
+        cfg = Config(**vars(parser.parse_args()))
+        sys.stdout.reconfigure(errors='backslashreplace')      # names of files may be no text
         check_limits(cfg)
         main(cfg)
-    except (BadInput, OSError, OverflowError) as e:
+    except (BadInput, UnicodeError, OSError, OverflowError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e))
+        if isinstance(e, RuntimeError) and not memory:         # a fault of ours
+            raise
         if dist.is_initialized():                              # else gloo's threads may abort the exit
             dist.destroy_process_group()
-        sys.exit(f'error: {e}')
+        sys.exit(f'error: {"out of memory: ask for less at once" if memory else e}')
 
 # -----------------------------------------------------------------------------
 # one process of a run

@@ -341,7 +341,7 @@ def embed_caption(caption, text_len, text_dim):
     out = torch.cat([angle.cos(), angle.sin()], -1)           # (text_len, text_dim)
     words = caption.lower().split()[:text_len]
     for i, word in enumerate(words):
-        r = np.random.default_rng(zlib.crc32(word.encode()))
+        r = np.random.default_rng(zlib.crc32(word.encode(errors='surrogatepass')))
         out[i] += torch.from_numpy(r.standard_normal(text_dim, dtype=np.float32))
     out[len(words):] = 0
     return out
