@@ -317,19 +317,38 @@ def split_like(x, y):
 # -----------------------------------------------------------------------------
 # checkpoints: safetensors only, written whole or not at all
 
-def save_tensors(path, tensors, meta):
-    """Write tensors and a JSON header to a temporary name, then rename: a crash leaves the old file."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    tmp = f'{path}.tmp{os.getpid()}'
+def check_folder(folder):
+    """Make a folder, and complain before the work if nothing can be written into it."""
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {'meta': json.dumps(meta)})
-        os.chmod(tmp, permissions(0o666))
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise BadInput(f'--out: cannot write into the folder "{folder}" ({e.strerror}): name '
+                       'another') from None
+
+
+@contextlib.contextmanager
+def written_whole(path, end=''):
+    """A temporary name, with this end, to write to. Then it takes the place of `path`; if anything fails, the
+    old file stays."""
+    tmp = f'{path}.tmp{os.getpid()}{end}'
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        yield tmp
         os.replace(tmp, path)
     except (SafetensorError, OSError) as e:
-        if os.path.exists(tmp):
-            os.remove(tmp)
-        raise BadInput(f'{path}: cannot be written ({e}): make room, or name another folder, and run it '
+        why, _, _ = str(e).partition('\n')                     # ffmpeg says much more
+        raise BadInput(f'{path}: cannot be written ({why}): make room, or name another place, and run it '
                        'again') from None
+    finally:
+        pathlib.Path(tmp).unlink(missing_ok=True)
+
+
+def save_tensors(path, tensors, meta):
+    """Write tensors and a JSON header, whole or not at all."""
+    with written_whole(path) as tmp:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {'meta': json.dumps(meta)})
+        os.chmod(tmp, permissions(0o666))
 
 
 def permissions(most):
@@ -340,9 +359,8 @@ def permissions(most):
 
 
 def write_json(path, value):
-    with open(f'{path}.tmp', 'w') as f:
+    with written_whole(path) as tmp, open(tmp, 'w') as f:
         json.dump(value, f, indent=1)
-    os.replace(f'{path}.tmp', path)
 
 
 def open_tensors(path):

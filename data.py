@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from camera import (BadInput, Camera, intrinsics, moves, random_path, rays, relative,
                     starts_elsewhere)
-from common import command_line, cpu_cores, permissions, save_tensors, write_json
+from common import command_line, cpu_cores, permissions, save_tensors, write_json, written_whole
 
 
 @dataclass
@@ -707,9 +707,8 @@ def write_strip(path, *videos, scale=2, most=17):
     rows = torch.stack([video[:, shown] for video in videos])
     picture = rearrange(rows, 'v b f h w c -> (b v h) (f w) c').clamp(0, 1).mul(255).round().byte().cpu()
     picture = picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    tmp = f'{path}.tmp{os.getpid()}.png'
-    iio.imwrite(tmp, picture.numpy())
-    os.replace(tmp, path)
+    with written_whole(path, '.png') as tmp:
+        iio.imwrite(tmp, picture.numpy())
 
 
 def path_metrics(video, wrong, truth, suffix=''):

@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from camera import KEYS, BadInput, Camera, apply_keys, keys_to_poses, make_pose, parse_keys, relative
-from common import command_line, cpu_cores, load_model, pick_device
+from common import check_folder, command_line, cpu_cores, load_model, pick_device, written_whole
 from data import Config as DataConfig
 from data import Clips, Lowpoly, find_codec, free, load_manifest, lowpoly_clips, make_plan, noise_for
 from model import rollout, rollout_clip, schedule
@@ -261,16 +261,9 @@ def video_options(path, fps):
 def write_video(path, pictures, fps):
     """Write pictures (H, W, 3) uint8, a list or a generator, as .mp4 or .gif. Failing leaves the old."""
     options = video_options(path, fps)
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    tmp = f'{path}.tmp{os.getpid()}{os.path.splitext(path)[1]}'
-    try:
+    with written_whole(path, os.path.splitext(path)[1].lower()) as tmp:
         iio.imwrite(tmp, pictures, **options)
         next(iio.imiter(tmp))                             # on a full disk ffmpeg breaks off without a word
-        os.replace(tmp, path)
-    except OSError as e:
-        raise BadInput(f'{path} cannot be written, is the disk full? ({str(e).splitlines()[0]})') from None
-    finally:
-        pathlib.Path(tmp).unlink(missing_ok=True)
 
 
 def read_path(cfg, header, model_cfg):
