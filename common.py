@@ -166,7 +166,7 @@ def setup(cfg):
     micro = cfg.batch // (world * cfg.accum)
     if micro * world * cfg.accum != cfg.batch:
         raise BadInput(f'--batch {cfg.batch} does not divide by {world} processes x --accum {cfg.accum}')
-    os.makedirs(cfg.out, exist_ok=True)
+    check_folder(cfg.out)
     torch.manual_seed(cfg.seed)
     return Run(rank, world, device, dtype, micro)
 

@@ -416,7 +416,7 @@ def make_recipe(cfg):
 def make(cfg):
     """Render a world's clips into the folder cfg.out, all or nothing. Returns the folder."""
     check(cfg)
-    out = (cfg.out or f'data/{cfg.world}').rstrip('/')
+    out = os.path.normpath(cfg.out or f'data/{cfg.world}')
     recipe = make_recipe(cfg)
     if os.path.exists(f'{out}/manifest.json'):
         old = load_manifest(out)['recipe']
@@ -426,6 +426,8 @@ def make(cfg):
             raise BadInput(f'{out} was made with {", ".join(changed)}: give another --out, or delete it')
         print(f'{out} is there already')
         return out
+    if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
+        raise BadInput(f'{out} is there, and no folder of clips: give another --out')
     parent = os.path.dirname(out) or '.'
     try:
         os.makedirs(parent, exist_ok=True)

@@ -758,6 +758,7 @@ def main(cfg):
         live(cfg)
     else:
         video_options(cfg.out, cfg.fps)                   # complain before the work
+        check_folder(os.path.dirname(cfg.out) or '.')
         walk_to_file(cfg)
 
 

@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 
 from backbones.layouts import flops
 from camera import BadInput, Camera, apply_keys, make_pose
-from common import command_line, write_json
+from common import check_folder, command_line, write_json
 from data import noise_for
 from model import rollout
 from stream import held_out, prepare, sampler, to_uint8
@@ -141,7 +141,7 @@ def main(cfg):
     if cfg.frames == 1:
         raise BadInput('--frames 1: at least 2, or 0 for the usual')
     model, header, codec, device = prepare(cfg)
-    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)    # complain before the work
+    check_folder(os.path.dirname(cfg.out) or '.')                  # complain before the work
     timings = bench(model, cfg, header, codec, device)
     write_json(cfg.out, timings)
     for name, value in timings.items():

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from camera import BadInput, invert, make_pose, pose_error, rays, relative
-from common import command_line, write_json
+from common import check_folder, command_line, write_json
 from data import ARENA, Lowpoly, noise_for, psnr, write_strip
 from distill_dmd import frechet, motion, sharpness
 from stream import generate, held_out, prepare
@@ -445,7 +445,7 @@ def main(cfg):
     if cfg.frames == 1:
         raise BadInput('--frames 1: at least 2, or 0 for the usual')
     model, header, codec, device = prepare(cfg)
-    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)    # complain before the work
+    check_folder(os.path.dirname(cfg.out) or '.')                  # complain before the work
     strip = os.path.splitext(cfg.out)[0] + '.png'
     scores = score(model, cfg, header, codec, device, strip=strip)
     write_json(cfg.out, scores)
