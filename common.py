@@ -479,8 +479,12 @@ def load_resume(path, model, ema, optimizers, settings, run):
     Raises BadInput if it was made with other settings."""
     if not os.path.exists(path):
         return 0
-    tensors, meta = load_tensors(path)
-    old = meta['config']
+    try:
+        tensors, meta = load_tensors(path)
+        old, step = meta['config'], meta['step']
+    except (BadInput, KeyError):
+        raise BadInput(f'{path}: damaged, or not what a run leaves to go on from: delete it to start '
+                       'over') from None
     said = {'init': 'another --init', 'score': 'another --score', 'clips': 'other clips'}
     changed = [said.get(name, f'{name} {old.get(name)}, not {value}')
                for name, value in settings.items() if old.get(name) != value]
@@ -502,8 +506,8 @@ def load_resume(path, model, ema, optimizers, settings, run):
         p = params[int(number)]
         x = x.to(p.device)
         optimizer.state[p][name] = split_like(x, p) if x.ndim else x            # a number: Adam's steps
-    run.say(f'go on from {path}, step {meta["step"]}')
-    return meta['step']
+    run.say(f'go on from {path}, step {step}')
+    return step
 
 # -----------------------------------------------------------------------------
 # logs
@@ -518,15 +522,17 @@ class Log:
         lines = []
         if start and os.path.exists(path):
             lines = pathlib.Path(path).read_text(errors='replace').splitlines()
-        self.file = open(path, 'w', buffering=1)                       # a line at a time
+        kept = []
         for line in lines:
             try:
                 entry = json.loads(line)
-                step, evaluation = entry['step'], 'lr' not in entry
-            except (ValueError, KeyError, TypeError):                  # cut off when the run was killed
+                step, evaluation = int(entry['step']), 'lr' not in entry
+            except Exception:                          # cut off when the run was killed, or rubbish
                 continue
             if step <= start and not (evaluation and step == again):
-                self.file.write(line + '\n')
+                kept.append(line + '\n')
+        self.file = open(path, 'w', buffering=1)                       # a line at a time
+        self.file.writelines(kept)
 
     def write(self, text, **entry):
         if self.run.rank == 0:

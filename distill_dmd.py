@@ -528,8 +528,12 @@ def train(cfg, run, nets, clips, held_out):
     run.end()
 
 
-def report_best(path, cfg, run, clips):
-    """Measure the best checkpoint in worlds that it was not chosen by, write that into its header, say it."""
+def report_best(path, best, cfg, run, clips):
+    """Measure the best checkpoint in worlds that it was not chosen by, write that into its header, say it.
+    best: the score that it was chosen by, infinite if there is none."""
+    if best == math.inf:
+        raise BadInput(f'{path}: no evaluation of these {cfg.steps} steps gave a score, so no checkpoint is '
+                       'kept: try more --steps, or a smaller --lr and --critic_lr')
     model, header = load_model(f'{path}.safetensors', run.device)
     if 'choice' not in header:
         metrics = evaluate(model, cfg, clips, run.device, f'{path}.png')
