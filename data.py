@@ -491,8 +491,12 @@ def load_manifest(folder):
     """What a folder of clips says of itself."""
     try:
         with open(f'{folder}/manifest.json') as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
+            manifest = json.load(f)
+        dict(manifest['recipe'])                              # an error if it is none
+        for shard in manifest['shards']:
+            os.path.basename(shard['file'])
+        return manifest
+    except (OSError, ValueError, LookupError, TypeError) as e:
         raise BadInput(f'{folder}: no clips there ({e}): name another folder, or make them, '
                        f'as by python data.py --out {folder}') from None
 
@@ -519,7 +523,10 @@ class Clips:
         try:
             f = safe_open(path, 'pt')
             captions = json.loads(f.metadata()['meta'])['captions']
-            n = f.get_slice('latents').get_shape()[0]
+            shapes = [f.get_slice(key).get_shape() for key in ('latents', 'c2w', 'K')]
+            n, F, *_, h, w = shapes[0]
+            if shapes != [[n, F, 16, h, w], [n, F, 4, 4], [n, 4]]:
+                raise ValueError(f'latents, c2w and K are of shapes {shapes}')
             if not n == shard['clips'] == len(captions):
                 raise ValueError(f'{n} clips, the manifest says {shard["clips"]}')
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
@@ -719,11 +726,10 @@ def path_metrics(video, wrong, truth, suffix=''):
     last = min(7, truth.shape[1] - 1)
     right = psnr(video, truth).mean(0).tolist()
     lost = psnr(wrong, truth).mean(0).tolist()
-    return {
-        f'psnr@1{suffix}': right[1],
-        f'psnr@{last}{suffix}': right[last],
-        f'gap@{last}{suffix}': right[last] - lost[last],
-    }
+    metrics = {f'psnr@1{suffix}': right[1], f'psnr@{last}{suffix}': right[last]}
+    if len(video) > 1:                                        # a single clip has no other's path
+        metrics[f'gap@{last}{suffix}'] = right[last] - lost[last]
+    return metrics
 
 
 if __name__ == '__main__':

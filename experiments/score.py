@@ -395,6 +395,8 @@ def score(model, cfg, header, codec, device, find_poses=True, strip=''):
     paths = range(min(cfg.paths, recipe['val_clips']))
     world, captions = held_out(cfg, header, paths, max(recipe['frames'], cfg.frames))
     n = len(captions)
+    if n < 2:
+        raise BadInput('a score needs two held-out paths or more: each is compared with the next one as well')
     K = world['K']                                        # (n, 4)
     length = min(cfg.frames or header['frames'], world['c2w'].shape[1])
     c2w = world['c2w'][:, :length]                        # (n, F, 4, 4)
