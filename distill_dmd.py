@@ -524,7 +524,7 @@ def train(cfg, run, nets, clips, held_out):
             save_resume(*resume, done, settings)
 
     if run.rank == 0:
-        report_best(path, cfg, run, report)
+        report_best(path, best, cfg, run, report)
     run.end()
 
 

@@ -137,10 +137,15 @@ def start_model(cfg, run):
         model, header = load_model(path, run.device)
         if model.cfg.camera == 'none':
             model = add_camera(model, cfg.camera)
+        elif cfg.camera not in (Config.camera, model.cfg.camera):
+            raise BadInput(f'--camera {cfg.camera}: {path} has learned {model.cfg.camera} already: name a '
+                           'base model, --init')
         run.say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {model.cfg.camera}')
         if cfg.sink:
             model.cfg.sink, model.cfg.eviction = True, 'chunks'            # as it is trained here
         return model
+    if cfg.camera == 'none' and cfg.init not in (Config.init, 'none'):
+        raise BadInput('--camera none trains from scratch: leave out --init')
     if cfg.camera != 'none' and cfg.init not in (Config.init, 'none'):
         raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
     if cfg.preset not in PRESETS:

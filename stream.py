@@ -89,12 +89,22 @@ def load(path, device, data='', chunks=(0, 0)):
     for flag, asked, n in zip(('chunk', 'first_chunk'), chunks, trained):
         if asked not in (0, n):
             raise BadInput(f'--{flag} {asked}: {path} was trained with {n}: leave the flag out')
-    if 'data' not in header:
+    if not describes_clips(header.get('data')):
         if not data:
             raise BadInput(f'{path}: it does not say what clips it was trained on: '
                            'name a folder of clips like them, --data')
         header['data'] = load_manifest(data)
+        if not describes_clips(header['data']):
+            raise BadInput(f'--data {data}: no folder of clips: its manifest does not say how large they are')
     return model, header, find_codec(header['data']['recipe'].get('wan', ''), str(device))
+
+
+def describes_clips(manifest):
+    """Does it say of which world and size clips are?"""
+    match manifest:
+        case {'recipe': {'world': str(), 'height': int(), 'width': int()}}:
+            return True
+    return False
 
 
 def usual_steps(header):
@@ -121,7 +131,11 @@ def held_out(cfg, header, indices, frames=1):
     """
     recipe = header['data']['recipe']
     if recipe['world'] == 'lowpoly' and 'wan' not in recipe:
-        return lowpoly_clips(DataConfig(**recipe | {'frames': frames}), 1, indices)
+        try:
+            clips = DataConfig(**recipe | {'frames': frames})
+        except TypeError as e:
+            raise BadInput(f'{cfg.ckpt}: made by another version of this code ({e})') from None
+        return lowpoly_clips(clips, 1, indices)
     folder = cfg.data
     if not folder:
         if recipe['world'] != 'doom':
@@ -142,8 +156,11 @@ def held_out(cfg, header, indices, frames=1):
 def load_picture(path, height, width):
     """Any picture file -> (1, height, width, 3) uint8, centre-cropped to the aspect and resized."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
-    except (OSError, Image.DecompressionBombError) as e:
+        picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode.startswith('I'):                  # 16 bits of grey
+            picture = Image.fromarray((np.array(picture) / 257).astype(np.uint8))
+        picture = picture.convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadInput(f'--first {path}: not a readable picture ({e}); '
                        'say world, prompt, or name a picture') from None
     picture = ImageOps.fit(picture, (width, height), Image.LANCZOS)
@@ -188,6 +205,9 @@ def generate(model, cfg, header, codec, c2w, K, captions, first, noise):
     K = K[:, None].expand(-1, c2w.shape[1], -1)           # (B, F, 4)
     z = rollout_clip(model, c2w, K, text, noise=noise, first_frame=first,
                      null_text=null_text, **sampler(cfg, header, model.cfg.shift))
+    if not z.isfinite().all():
+        raise BadInput(f'{cfg.ckpt}: what it generates is no numbers: did its training go wrong? Else try '
+                       'less --guidance, or --dtype float32')
     return torch.cat([codec.decode(video) for video in z.split(1)])   # one by one: memory
 
 
@@ -249,7 +269,7 @@ def video_codec():
 
 def video_options(path, fps):
     """What imageio is told for a video of this name."""
-    extension = os.path.splitext(path)[1]
+    extension = os.path.splitext(path)[1].lower()
     if extension == '.gif':
         return dict(duration=1000 / fps, loop=0)
     if extension != '.mp4':

@@ -91,6 +91,8 @@ def weight_files(path):
         if re.search(SHARD, path):
             raise BadInput(f'{path}: one of several shards: name the folder that holds them all')
         return [path]
+    if os.path.exists(f'{path}/manifest.json'):
+        raise BadInput(f'{path}: a folder of clips, not of weights: name a checkpoint')
     found = {}
     for patterns in PLACES:
         found = found or find_checkpoints(path, patterns)
@@ -246,6 +248,9 @@ def find_config(path, tensors, header, chunks=None):
     if ours is not None:
         return ours
     config = header.get('config', {})
+    if 'camera_freqs' in header.get('model', {}):
+        raise BadInput(f'{path}: its settings are damaged, or of another version of this code: get that, '
+                       'or make it again')
     try:
         dim, in_dim, _, patch, _ = tensors['patch_embedding.weight']().shape
         ffn_dim, _ = tensors['blocks.0.ffn.0.weight']().shape

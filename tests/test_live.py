@@ -386,7 +386,7 @@ def test_a_film_that_breaks_off_leaves_the_old_one(tmp_path, monkeypatch):
     film = tmp_path / 'walk.mp4'
     film.write_bytes(b'an older film')
     monkeypatch.setattr(iio, 'imwrite', lambda path, *_, **options: open(path, 'wb').write(b'half a film'))
-    with pytest.raises(BadInput, match='walk.mp4 cannot be written'):
+    with pytest.raises(BadInput, match='walk.mp4: cannot be written'):
         write_video(str(film), [], 8)                         # as ffmpeg does on a full disk
     assert film.read_bytes() == b'an older film' and os.listdir(tmp_path) == ['walk.mp4']
 

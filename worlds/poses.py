@@ -131,7 +131,7 @@ def check_poses(path, poses):
     R = c2w[:, :3, :3]
     orthogonal = (R @ R.mT - torch.eye(3)).abs().amax((1, 2)) < 1e-3
     right_handed = torch.linalg.det(R) > 0
-    finite = c2w.isfinite().all(2).all(1)
+    finite = c2w.float().isfinite().all(2).all(1)
     last_row = (c2w[:, 3] == c2w.new_tensor([0, 0, 0, 1])).all(1)
     bad = ~(orthogonal & right_handed & finite & last_row)
     if bad.any():
@@ -150,7 +150,9 @@ def read_poses(path):
         poses = parse_lines(path, text) if path.lower().endswith('.txt') else parse_json(text)
     except BadInput:
         raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
+    except OSError as e:
+        raise BadInput(f'{path}: cannot be read ({e.strerror})') from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise BadInput(f'{path}: not a list of 4x4 or 3x4 matrices, nor minWM pose JSON, '
                        f'nor transforms.json, nor RealEstate10K ({e})') from None
     check_poses(path, poses)

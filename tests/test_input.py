@@ -1,0 +1,220 @@
+"""What users bring that no script expects: each gets one sentence and exit code 1, and what was there stays."""
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, dmd_args, run
+from safetensors.torch import load_file, save_file
+
+from camera import BadInput, parse_keys
+from common import Log, check_limits, command_line, load_model, load_tensors, save_model, save_tensors, written_whole
+from data import Clips, load_manifest, path_metrics
+from stream import load_picture
+from worlds.poses import load_poses, minwm_keys
+
+
+@pytest.mark.parametrize('script, flag, value, most', [
+    ('stream', 'steps', 1001, 1000), ('stream', 'window', 2 ** 70, 10 ** 7),
+    ('stream', 'guidance', 1e30, 1000), ('stream', 'fps', 2 ** 70, 1000),
+    ('stream', 'clip', 2 ** 70, 10 ** 7), ('train_ar', 'sample_steps', 10 ** 9, 1000),
+    ('train_ar', 'steps', 10 ** 10, 10 ** 7), ('distill_ode', 'pairs', 2 ** 70, 10 ** 7),
+    ('distill_dmd', 'before', 2 ** 70, 10 ** 7), ('data', 'plans', 2 ** 70, 10 ** 7),
+    ('experiments.bench', 'steps', 10 ** 9, 1000)])
+def test_numbers_without_end(script, flag, value, most):
+    cfg = importlib.import_module(script).Config(**{flag: value})
+    with pytest.raises(BadInput, match=f'^--{flag} .*: at most {most}$'):
+        check_limits(cfg)
+
+
+@pytest.mark.parametrize('script, args, words', [
+    ('data.py', ['--height', 0], 'at least 1'), ('data.py', ['--width', 0], 'at least 1'),
+    ('train_ar.py', ['--out', __file__], 'cannot write into the folder'),
+    ('stream.py', ['--out', f'{__file__}/walk.gif'], 'cannot write into the folder'),
+    ('data.py', ['--out', __file__], 'is there, and no folder of clips'),
+    ('data.py', ['--out', os.path.dirname(__file__)], 'is there, and no folder of clips'),
+    ('finetune_camera.py', ['--camera', 'none', '--init', 'base.safetensors', '--data', '{data}'], 'leave out --init'),
+    ('experiments.score', ['--paths', 1, '--frames', 2], 'two held-out paths')])
+def test_flags_that_cannot_be_meant(script, args, words, data, chain, tmp_path):
+    args = [data if arg == '{data}' else arg for arg in args]
+    if script == 'experiments.score':
+        args += ['--ckpt', f'{chain}/ar.safetensors', '--out', tmp_path / 'score.json']
+    if script == 'finetune_camera.py':
+        args += ['--out', tmp_path]
+    assert words in run(script, *args, ok=False)
+
+
+def test_errors_of_memory_and_of_text_are_a_sentence_and_faults_of_ours_are_not(monkeypatch, tmp_path):
+    @dataclass
+    class Config:
+        out: str = ''
+
+    def raising(error):
+        def main(cfg):
+            raise error
+        return main
+
+    monkeypatch.setattr(sys, 'argv', ['x.py'])
+    for error in (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(),
+                  RuntimeError('A process in the process pool was terminated abruptly')):
+        with pytest.raises(SystemExit, match='error: out of memory: ask for less'):
+            command_line(raising(error), Config, '')
+    with pytest.raises(RuntimeError, match='ours'):
+        command_line(raising(RuntimeError('ours')), Config, '')
+    (tmp_path / 'args').write_bytes(b'\xe8\xff')
+    monkeypatch.setattr(sys, 'argv', ['x.py', f'@{tmp_path}/args'])
+    with pytest.raises(SystemExit, match='^error: .utf-8. codec'):
+        command_line(raising(BadInput()), Config, '')
+
+
+def test_what_cannot_be_written_leaves_the_old_and_nothing_else(tmp_path):
+    (tmp_path / 'a').write_text('old')
+    for error in (OSError('No space left on device\nmuch more'), KeyboardInterrupt()):
+        with pytest.raises((BadInput, KeyboardInterrupt)):
+            with written_whole(f'{tmp_path}/a', '.png') as tmp:
+                open(tmp, 'w').close()
+                raise error
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(BadInput, match='folder: cannot be written .[^(]*Is a directory'):
+        save_tensors(f'{tmp_path}/folder', {}, {})
+    assert sorted(os.listdir(tmp_path)) == ['a', 'folder'] and (tmp_path / 'a').read_text() == 'old'
+
+
+def change_header(source, path, change):
+    header = load_tensors(source)[1]
+    change(header)
+    save_file(load_file(source), path, {'meta': json.dumps(header)})
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda h: h.update(data=None), 'it does not say what clips'),
+    (lambda h: h.update(data={'recipe': {}}), 'it does not say what clips'),
+    (lambda h: h['data']['recipe'].update(height='x'), 'it does not say what clips'),
+    (lambda h: h['data']['recipe'].update(colour='red'), 'another version of this code'),
+    (lambda h: h['model'].update(novel=1), 'settings are damaged, or of another version of this code')])
+def test_headers_that_say_what_cannot_be(change, words, chain, tmp_path):
+    change_header(f'{chain}/ar.safetensors', tmp_path / 'x.safetensors', change)
+    assert words in run('stream.py', '--ckpt', tmp_path / 'x.safetensors', '--keys', 'w', '--steps', 1, ok=False,
+                        cwd=tmp_path)
+
+
+def test_weights_that_are_no_numbers_make_no_film(chain, tmp_path):
+    model, header = load_model(f'{chain}/ar.safetensors')
+    state = {name: torch.full_like(x, torch.nan) for name, x in model.state_dict().items()}
+    save_model(str(tmp_path / 'x.safetensors'), state, model.cfg, **{k: v for k, v in header.items() if k != 'model'})
+    message = run('stream.py', '--ckpt', tmp_path / 'x.safetensors', '--keys', 'w', '--steps', 1, '--out',
+                  tmp_path / 'walk.gif', ok=False)
+    assert 'no numbers' in message and not (tmp_path / 'walk.gif').exists()
+
+
+def test_clips_where_weights_belong_and_pairs_where_clips_belong(data, chain, tmp_path):
+    with pytest.raises(BadInput, match='a folder of clips, not of weights'):
+        load_model(data)
+    change_header(f'{chain}/ar.safetensors', tmp_path / 'x.safetensors', lambda h: h.pop('data'))
+    assert 'no folder of clips' in run('stream.py', '--ckpt', tmp_path / 'x.safetensors', '--data',
+                                       f'{chain}/pairs-causal', '--keys', 'w', ok=False, cwd=tmp_path)
+
+
+def test_a_camera_that_was_learned_is_not_exchanged_without_a_word(data, chain, tmp_path):
+    args = ['--init', f'{chain}/camera.safetensors', '--data', data, '--out', tmp_path, '--steps', 1, *SMALL]
+    assert 'has learned plucker already' in run('finetune_camera.py', '--camera', 'prope', *args, ok=False)
+
+
+@pytest.mark.parametrize('change', [
+    lambda m: [1], lambda m: {'shards': m['shards']}, lambda m: {'recipe': m['recipe']}, lambda m: m | {'recipe': None},
+    lambda m: m | {'shards': None}, lambda m: m | {'shards': ['a']}, lambda m: m | {'shards': [{'name': 'a'}]},
+    lambda m: m | {'shards': [{'file': m['shards'][0]['file']}]}])
+def test_manifests_that_are_none(change, data, tmp_path):
+    shutil.copytree(data, tmp_path / 'd')
+    (tmp_path / 'd' / 'manifest.json').write_text(json.dumps(change(load_manifest(data))))
+    with pytest.raises(BadInput, match='no clips there|corrupt shard'):
+        Clips(str(tmp_path / 'd'))
+
+
+@pytest.mark.parametrize('split, change', [
+    ('train', lambda t: t.update(latents=t['latents'][:, :, :4])), ('train', lambda t: t.pop('K')),
+    ('train', lambda t: t.update(c2w=t['c2w'][:, :2])),
+    ('train', lambda t: t.update(c2w=t['c2w'][:, :, :3]))])
+def test_shards_of_other_shapes(split, change, data, tmp_path):
+    shutil.copytree(data, tmp_path / 'd')
+    path = tmp_path / 'd' / f'{split}_000000.safetensors'
+    tensors = load_file(path)
+    _, header = load_tensors(path)
+    change(tensors)
+    save_tensors(str(path), tensors, header)
+    with pytest.raises(BadInput, match=f'{split}_000000.safetensors: missing or corrupt shard'):
+        Clips(str(tmp_path / 'd'), split)
+
+
+def test_one_clip_has_no_other_path():
+    video = torch.rand(2, 3, 8, 8, 3)
+    assert 'gap@2' in path_metrics(video, video, video) and 'gap@2' not in path_metrics(*3 * [video[:1]])
+
+
+def test_stage_3_keeps_a_checkpoint_or_says_why_not(data, chain, tmp_path):
+    args = [*dmd_args(data, chain), '--out', tmp_path, '--before', 0, '--critic', 1]
+    for more in (['--steps', 0], ['--steps', 1, '--lr', 1e30]):
+        assert 'gave a score, so no checkpoint is kept' in run('distill_dmd.py', *args, *more, ok=False)
+
+
+@pytest.mark.parametrize('other', ['model', 'header', 'cut'])
+def test_a_resume_file_of_another_kind(other, data, chain, tmp_path):
+    file = tmp_path / 'ar.resume.safetensors'
+    shutil.copy(f'{chain}/ar.{"" if other == "model" else "resume."}safetensors', file)
+    if other == 'header':
+        change_header(f'{chain}/ar.resume.safetensors', file, lambda h: h.pop('step'))
+    if other == 'cut':
+        os.truncate(file, 1000)
+    args = ['--data', data, '--init', f'{chain}/camera.safetensors', '--out', tmp_path, '--steps', 4, '--eval_every', 2]
+    before = file.read_bytes()
+    assert 'delete it to start over' in run('train_ar.py', *args, *SMALL, ok=False)
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ['ar.resume.safetensors']
+
+
+def test_rubbish_in_a_log_is_dropped_and_the_rest_is_kept(tmp_path):
+    good = '{"step": 2, "lr": 1}'
+    rubbish = ['\0', '[1, 2]', '"x"', '{"step": "x"}', '{"step": null}', '{"step": 1e999}', '[' * 100_000, '']
+    (tmp_path / 'a.jsonl').write_text('\n'.join([*rubbish, good, *rubbish]))
+    Log(str(tmp_path / 'a.jsonl'), argparse.Namespace(rank=0), 4)
+    assert (tmp_path / 'a.jsonl').read_text() == f'{good}\n'
+
+
+def test_walks_to_files_of_unusual_names(chain, tmp_path):
+    for name, prompt in ('A.MP4', '\udcff'), ('B.GIF', '\U0001f642 ' * 999), ('ein Weg \u65e5 \udcff.gif', ' '):
+        run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--keys', 'w', '--steps', 1, '--prompt', prompt,
+            '--out', tmp_path / name)
+        assert len(iio.imread(tmp_path / name, extension=name[-4:].lower(), index=None)) == 2
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_pictures_of_16_bits_and_damaged_ones(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    iio.imwrite(tmp_path / 'deep.png', ramp)
+    picture = load_picture(tmp_path / 'deep.png', 64, 64)[0, ..., 0].numpy()
+    assert np.abs(picture - ramp / 257.).max() <= 1
+    whole = (tmp_path / 'deep.png').read_bytes()
+    (tmp_path / 'deep.png').write_bytes(whole[:30] + b'\xff' * 20 + whole[50:])
+    with pytest.raises(BadInput, match='not a readable picture'):
+        load_picture(tmp_path / 'deep.png', 64, 64)
+
+
+def test_poses_and_keys_without_end(tmp_path):
+    far = np.tile(np.eye(4), (3, 1, 1))
+    far[1, 0, 3] = 1e200
+    (tmp_path / 'far.json').write_text(json.dumps(far.tolist()))
+    with pytest.raises(BadInput, match='pose 1 is not'):
+        load_poses(str(tmp_path / 'far.json'))
+    with pytest.raises(BadInput, match='gone.json: cannot be read .No such file'):
+        load_poses(str(tmp_path / 'gone.json'))
+    with pytest.raises(BadInput, match='has the group'):
+        minwm_keys('a', 'w-999999999')
+    with pytest.raises(BadInput, match='group 5001') as e:
+        parse_keys('w,' * 5000 + 'x*3')
+    assert len(str(e.value)) < 400
