@@ -290,8 +290,11 @@ def read_path(cfg, header, model_cfg):
     """The path that --poses or --keys describe, in whole chunks: c2w (1, F, 4, 4) relative to its start, and
     the keys held in each of the F frames."""
     if cfg.poses:
-        from worlds.poses import load_poses, poses_to_keys
-        c2w, _ = load_poses(cfg.poses)
+        from worlds.poses import doubts, poses_to_keys, read_poses
+        poses = read_poses(cfg.poses)
+        c2w = poses.c2w.float()
+        for note in doubts(poses, None, 1, 1):
+            print(f'warning: {cfg.poses}: {note}')
         keys = poses_to_keys(relative(c2w[None])[0])
     else:
         keys = parse_keys(cfg.keys)

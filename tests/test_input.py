@@ -218,3 +218,12 @@ def test_poses_and_keys_without_end(tmp_path):
     with pytest.raises(BadInput, match='group 5001') as e:
         parse_keys('w,' * 5000 + 'x*3')
     assert len(str(e.value)) < 400
+
+
+def test_a_walk_along_poses_of_other_axes_says_so(chain, tmp_path):
+    c2w = np.tile(np.diag([1., -1, -1, 1]), (3, 1, 1))
+    c2w[:, 2, 3] = .1, .2, .3                                 # forward, in OpenGL's axes: away from -z
+    (tmp_path / 'poses.json').write_text(json.dumps(c2w.tolist()))
+    text = run('stream.py', '--ckpt', f'{chain}/ar.safetensors', '--poses', tmp_path / 'poses.json', '--steps', 1,
+               '--out', tmp_path / 'walk.gif')
+    assert 'poses.json: the camera moves mostly backward' in text
