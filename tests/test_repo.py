@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 # tokens a file: what one can read in an evening
-MOST_TOKENS = {'model.py': 7870, 'common.py': 4010, 'camera.py': 2100, 'data.py': 6330, 'stream.py': 5910}
+MOST_TOKENS = {'model.py': 7870, 'common.py': 4230, 'camera.py': 2100, 'data.py': 6490, 'stream.py': 6060}
 STAGES = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py', 'distill_dmd.py']
 FOLDERS = ['worlds', 'backbones', 'papers', 'experiments']
 TOP = [os.path.basename(path) for path in sorted(glob.glob(f'{ROOT}/*.py'))]
@@ -55,8 +55,8 @@ def test_one_can_read_it_in_an_evening():
     sizes = {name: size(name) for name in TOP}
     assert set(TOP) == set(MOST_TOKENS) | set(STAGES)
     assert not {name: n for name, n in sizes.items() if n > MOST_TOKENS.get(name, n)}, sizes
-    assert sum(sizes[name] for name in STAGES) <= 12050, sizes
-    assert sum(sizes.values()) <= 38270, sizes
+    assert sum(sizes[name] for name in STAGES) <= 12110, sizes
+    assert sum(sizes.values()) <= 38850, sizes
 
 
 def test_tests_fit_120_columns():
