@@ -34,9 +34,27 @@ from model import DiT, ModelConfig, flash_attn_func
 
 AT_LEAST_1 = ('batch accum log_every save_every eval_every eval_clips sample_steps paths pairs pair_batch '
               'critic student_steps teacher_steps').split()
-SHARES = 'p_first drop_text drop_camera drift context context_noise decay ema beta1 beta2'.split()
 AT_MOST_1000 = 'guidance fps sample_steps student_steps teacher_steps'.split()
+SHARES = 'p_first drop_text drop_camera drift context context_noise decay ema beta1 beta2'.split()
 POSITIVE = 'lr critic_lr clip'.split()     # where they are floats: stream.py's --clip is the number of a clip
+
+
+def limits(name, kind, cfg):
+    """The least and the most that a number on the command line can mean."""
+    least, most = 0, 1e30
+    if kind is int:
+        most = 2 ** 32 if name == 'seed' else 10 ** 7
+    if name in AT_LEAST_1:
+        least = 1
+    if name == 'frames' and hasattr(cfg, 'batch'):
+        least = 2
+    if name in AT_MOST_1000 or name == 'steps' and not hasattr(cfg, 'lr'):     # a sampler's steps
+        most = 1000
+    if name in SHARES:
+        most = 1
+    if name in POSITIVE and kind is float:
+        least = 1e-30
+    return least, most
 
 
 def check_limits(cfg):
@@ -46,24 +64,9 @@ def check_limits(cfg):
         has_limits = f.type in (int, float) and f.name != 'pose_scale'     # its -1 has a meaning
         if value == f.default or not has_limits:
             continue
-        least, most = 0, math.inf
-        if f.name in AT_LEAST_1:
-            least = 1
-        elif f.name == 'frames' and hasattr(cfg, 'batch'):
-            least = 2
-        elif f.name == 'seed':
-            most = 2 ** 32
-        elif f.name in SHARES:
-            most = 1
-        elif f.name in POSITIVE and f.type is float:
-            least = 1e-30
-        if not (least <= value <= most and math.isfinite(value)):
-            allowed = f'at least {least:g}' if most == math.inf else f'from {least:g} to {most:g}'
-            raise BadInput(f'--{f.name} {value}: {allowed}')
-        if f.name in AT_MOST_1000 or f.name == 'steps' and not hasattr(cfg, 'lr'):      # a sampler's steps
-            most = 1000
-        elif f.type is int and f.name != 'seed':
-            most = 10 ** 7
+        least, most = limits(f.name, f.type, cfg)
+        if not value >= least:                                             # nan too
+            raise BadInput(f'--{f.name} {value}: at least {least}')
         if value > most:
             raise BadInput(f'--{f.name} {value}: at most {most}')
 
