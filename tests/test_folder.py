@@ -16,7 +16,7 @@ from conftest import run
 from data import Clips, Config, decode, psnr
 from worlds.folder import (check, choose_videos, every_frame, find_videos, folder_clips, list_pictures, load_frames,
                            scan)
-from worlds.poses import Poses, doubts, load_poses, match_frames, minwm_keys, minwm_poses, normalise, read_poses
+from worlds.poses import Poses, doubts, match_frames, minwm_keys, minwm_poses, normalise, read_poses
 
 KEYS, N = 'w*8,wl*8', 17
 C2W = keys_to_poses(KEYS)
@@ -95,7 +95,8 @@ def test_all_formats_say_the_same(folder, tmp_path):
                     (tmp_path / 'list.json', None), (tmp_path / 'short.json', None), (tmp_path / 'kitti.txt', None),
                     (tmp_path / 'untitled.txt', normal), (tmp_path / 'blank.txt', normal),
                     (tmp_path / 'pixels.txt', normal), (tmp_path / 'fl.json', normal)):
-        c2w, got = load_poses(str(path))
+        poses = read_poses(str(path))
+        c2w, got = poses.c2w.float(), normalise(poses)
         torch.testing.assert_close(c2w, C2W, rtol=0, atol=1e-5, msg=str(path))
         assert got is None if K is None else torch.allclose(got, K.expand(N, 4), atol=1e-6), path
     poses = read_poses(str(tmp_path / 'angle.json'))                          # square pixels of a 96 x 64 video
@@ -122,10 +123,10 @@ def test_load_poses_refuses(tmp_path):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(BadInput, match=f'{name}.*{why}'):
-            load_poses(str(tmp_path / name))
+            read_poses(str(tmp_path / name))
     (tmp_path / 'u.txt').write_bytes(('title\n' + row).encode('utf-16'))
     with pytest.raises(BadInput, match='u.txt.*utf-8'):
-        load_poses(str(tmp_path / 'u.txt'))
+        read_poses(str(tmp_path / 'u.txt'))
 
 
 def test_frames_and_poses_of_other_rates_are_matched_by_their_times():
@@ -424,7 +425,7 @@ def test_check_says_what_is_odd(folder, tmp_path, capsys):
 def test_minwm_strings_as_people_write_them():
     assert minwm_keys('a.mp4', 'w-2, Right-2.0, ,dn*1,ui,') == ['w', 'w', 'l', 'l', 'o', 'ui']
     for text in ('w-', 'q-2', 'w--2', 'forward-3', 'w-2;s-2'):
-        with pytest.raises(BadInput, match='^a.mp4: its pose_str has the group'):
+        with pytest.raises(BadInput, match='^a.mp4: its pose_str: keys: group'):
             minwm_keys('a.mp4', text)
 
 

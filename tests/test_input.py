@@ -18,7 +18,7 @@ from camera import BadInput, parse_keys
 from common import Log, check_limits, command_line, load_model, load_tensors, save_model, save_tensors, written_whole
 from data import Clips, load_manifest, path_metrics
 from stream import load_picture
-from worlds.poses import load_poses, minwm_keys
+from worlds.poses import read_poses, minwm_keys
 
 
 @pytest.mark.parametrize('script, flag, value, most', [
@@ -210,10 +210,10 @@ def test_poses_and_keys_without_end(tmp_path):
     far[1, 0, 3] = 1e200
     (tmp_path / 'far.json').write_text(json.dumps(far.tolist()))
     with pytest.raises(BadInput, match='pose 1 is not'):
-        load_poses(str(tmp_path / 'far.json'))
+        read_poses(str(tmp_path / 'far.json'))
     with pytest.raises(BadInput, match='gone.json: cannot be read .No such file'):
-        load_poses(str(tmp_path / 'gone.json'))
-    with pytest.raises(BadInput, match='has the group'):
+        read_poses(str(tmp_path / 'gone.json'))
+    with pytest.raises(BadInput, match='its pose_str: keys: group 1'):
         minwm_keys('a', 'w-999999999')
     with pytest.raises(BadInput, match='group 5001') as e:
         parse_keys('w,' * 5000 + 'x*3')

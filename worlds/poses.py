@@ -17,9 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from camera import DEGREES, KEYS, METRES, BadInput, invert, make_pose, parse_keys
-
-WORDS = {'up': 'i', 'down': 'k', 'right': 'l', 'left': 'j', 'dn': 'o'}         # minWM's names of keys
+from camera import DEGREES, METRES, BadInput, invert, make_pose, parse_keys
 
 
 @dataclass
@@ -158,13 +156,6 @@ def read_poses(path):
     check_poses(path, poses)
     return poses
 
-
-def load_poses(path):
-    """(c2w (F, 4, 4), K (F, 4) normalised or None) of a pose file. Raises BadInput that names the file and
-    the line or pose."""
-    poses = read_poses(path)
-    return poses.c2w.float(), normalise(poses)
-
 # -----------------------------------------------------------------------------
 # poses and the video that they belong to
 
@@ -257,19 +248,12 @@ def doubts(poses, K, W, H):
 # poses and keys
 
 def minwm_keys(path, text):
-    """minWM's "w-8, right-11" -> the keys held in each latent. Empty groups are passed over, and a count with
-    decimals is cut to a whole number."""
-    keys = []
-    for group in text.lower().split(','):
-        match = re.fullmatch(r'([a-z]+)\s*(?:[-*]\s*([0-9]{1,6}(?:\.[0-9]*)?))?', group.strip())
-        word, count = match.groups() if match else ('?', None)
-        held = WORDS.get(word, word)
-        if group.strip() and not set(held) <= set(KEYS):
-            raise BadInput(f'{path}: its pose_str has the group "{group.strip()}": '
-                           'write them as in "w-8, right-11"')
-        if group.strip():
-            keys += [held] * int(float(count or 1))
-    return keys
+    """minWM's "w-8, right-11" -> the keys held in each latent. Capitals and empty groups are passed over."""
+    groups = [group for group in text.lower().split(',') if group.strip()]
+    try:
+        return parse_keys(','.join(groups)) if groups else []
+    except BadInput as e:
+        raise BadInput(f'{path}: its pose_str: {e}') from None
 
 
 def minwm_poses(keys, metres=0.08, degrees=3.0):
