@@ -18,8 +18,10 @@ import zlib
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import distribute_tensor
@@ -318,7 +320,15 @@ def split_like(x, y):
     return distribute_tensor(x, y.device_mesh, y.placements) if hasattr(y, 'full_tensor') else x
 
 # -----------------------------------------------------------------------------
-# checkpoints: safetensors only, written whole or not at all
+# files: checkpoints are safetensors only; all are written whole or not at all
+
+def to_rgb(picture):
+    """A PIL picture of any mode as RGB; 16 bits of grey are scaled to 8."""
+    if picture.mode.startswith('I'):
+        grey = (np.asarray(picture) / 257).round().clip(0, 255)
+        picture = Image.fromarray(grey.astype(np.uint8))
+    return picture.convert('RGB')
+
 
 def check_folder(folder):
     """Make a folder, and complain before the work if nothing can be written into it."""

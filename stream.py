@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from camera import KEYS, BadInput, Camera, apply_keys, keys_to_poses, make_pose, parse_keys, relative
-from common import check_folder, command_line, cpu_cores, load_model, pick_device, written_whole
+from common import check_folder, command_line, cpu_cores, load_model, pick_device, to_rgb, written_whole
 from data import Config as DataConfig
 from data import Clips, Lowpoly, find_codec, free, load_manifest, lowpoly_clips, make_plan, noise_for
 from model import rollout, rollout_clip, schedule
@@ -156,10 +156,7 @@ def held_out(cfg, header, indices, frames=1):
 def load_picture(path, height, width):
     """Any picture file -> (1, height, width, 3) uint8, centre-cropped to the aspect and resized."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
-        if picture.mode.startswith('I'):                  # 16 bits of grey
-            picture = Image.fromarray((np.array(picture) / 257).astype(np.uint8))
-        picture = picture.convert('RGB')
+        picture = to_rgb(ImageOps.exif_transpose(Image.open(path)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadInput(f'--first {path}: not a readable picture ({e}); '
                        'say world, prompt, or name a picture') from None

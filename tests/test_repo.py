@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 # tokens a file: what one can read in an evening
-MOST_TOKENS = {'model.py': 7870, 'common.py': 4210, 'camera.py': 2100, 'data.py': 6490, 'stream.py': 6060}
+MOST_TOKENS = {'model.py': 7870, 'common.py': 4275, 'camera.py': 2100, 'data.py': 6490, 'stream.py': 6060}
 STAGES = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py', 'distill_dmd.py']
 FOLDERS = ['worlds', 'backbones', 'papers', 'experiments']
 TOP = [os.path.basename(path) for path in sorted(glob.glob(f'{ROOT}/*.py'))]

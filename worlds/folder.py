@@ -34,6 +34,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from camera import BadInput, crop_intrinsics, intrinsics, relative
+from common import to_rgb
 from worlds.poses import (Poses, doubts, match_frames, minwm_keys, minwm_poses, natural, normalise,
                           read_poses)
 
@@ -70,10 +71,7 @@ def read_picture(path):
     """A picture (H, W, 3) uint8; 16 bits of grey are scaled to 8."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith('I'):
-                grey = np.asarray(image).astype(float) / 257
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            return np.asarray(image.convert('RGB'))
+            return np.asarray(to_rgb(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadInput(f'{path}: damaged, or not a picture ({e})') from None
 
