@@ -61,6 +61,8 @@ def limits(name, kind, cfg):
 
 def check_limits(cfg):
     """Raise BadInput if a number on the command line cannot be meant. Defaults may be beyond a limit."""
+    if getattr(cfg, 'over', 'text') not in ('camera', 'text'):
+        raise BadInput(f'--over {cfg.over}: choose camera or text')
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         has_limits = f.type in (int, float) and f.name != 'pose_scale'     # its -1 has a meaning
@@ -412,12 +414,25 @@ def save_model(path, state, cfg, **meta):
 
 
 def config_from_header(header):
-    """The ModelConfig that save_model has stored, or None."""
+    """The ModelConfig that save_model has stored; None if there is none that this code could have stored."""
     saved = dict(header.get('model', {}))
     if 'first' in saved:                                       # the name of first_chunk in older files
         saved['first_chunk'] = saved.pop('first')
-    known = {f.name for f in fields(ModelConfig)} >= saved.keys()
-    return ModelConfig(**saved) if known and saved else None
+    if not saved or saved.keys() - {f.name for f in fields(ModelConfig)}:
+        return None
+    cfg = ModelConfig(**saved)
+    return cfg if possible(cfg) else None
+
+
+def possible(cfg):
+    """Can a network have these settings? A file may have been changed by hand."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        least = 0 if f.name == 'camera_freqs' else 1e-12
+        if type(value) is not f.type or f.type in (int, float) and not least <= value <= 2 ** 16:
+            return False
+    rotates = cfg.dim % (2 * cfg.num_heads) == 0               # pairs of channels
+    return rotates and cfg.num_layers <= 1000 and cfg.eviction in ('chunks', 'frames')
 
 
 def load_model(path, device='cpu', dtype=torch.float32, chunks=None):
@@ -442,7 +457,12 @@ def load_model(path, device='cpu', dtype=torch.float32, chunks=None):
         text = ' '.join(textwrap.shorten(line, 105) for line in problems)
         raise BadInput(f'{path}: its tensors do not fit its config: {text} '
                        'Make the checkpoint again') from None
-    return model.requires_grad_(), {'stage': 'wan', 'step': 0, 'frames': 21} | header
+    usual = {'stage': 'wan', 'step': 0, 'frames': 21, 'context': 0.0, 'metrics': {}}
+    header = usual | header
+    wrong = [name for name, value in usual.items() if type(header[name]) is not type(value)]
+    if wrong:
+        raise BadInput(f'{path}: its header is damaged ({", ".join(wrong)}): make the checkpoint again')
+    return model.requires_grad_(), header
 
 
 def fixed_settings(cfg, clips):
@@ -475,6 +495,18 @@ def named_weights(model, ema):
     return weights | {f'ema.{name}': x for name, x in ema.items()}
 
 
+def optimizer_places(optimizers):
+    """{its name in a resume file: (dict, key, parameter)} of all that the optimizers remember."""
+    keys = {torch.optim.AdamW: ('step', 'exp_avg', 'exp_avg_sq'), Muon: ('momentum_buffer',)}
+    places = {}
+    for i, optimizer in enumerate(optimizers):
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        for number, p in enumerate(params):
+            for key in keys[type(optimizer)]:
+                places[f'opt{i}.{number}.{key}'] = optimizer.state[p], key, p
+    return places
+
+
 def save_resume(path, model, ema, optimizers, step, settings):
     """All that an exact continuation needs, in one file: raw weights, EMA, optimizer state, step, settings
     (fixed_settings). All processes call it, the first writes; it may be resumed by another number of them."""
@@ -492,12 +524,12 @@ def load_resume(path, model, ema, optimizers, settings, run):
     Raises BadInput if it was made with other settings."""
     if not os.path.exists(path):
         return 0
+    damaged = BadInput(f'{path}: damaged, or not what a run leaves to go on from: delete it to start over')
     try:
         tensors, meta = load_tensors(path)
-        old, step = meta['config'], meta['step']
-    except (BadInput, KeyError):
-        raise BadInput(f'{path}: damaged, or not what a run leaves to go on from: delete it to start '
-                       'over') from None
+        old, step = dict(meta['config']), int(meta['step'])
+    except (BadInput, LookupError, TypeError, ValueError):
+        raise damaged from None
     said = {'init': 'another --init', 'score': 'another --score', 'clips': 'other clips'}
     changed = [said.get(name, f'{name} {old.get(name)}, not {value}')
                for name, value in settings.items() if old.get(name) != value]
@@ -508,17 +540,15 @@ def load_resume(path, model, ema, optimizers, settings, run):
     if changed:
         raise BadInput(f'{path} was made with {", ".join(changed)}: run that again to go on, or delete it to '
                        'start over')
-    for name, x in tensors.items():
-        if name in weights:
-            mine = weights[name]
-            mine.copy_(split_like(x.to(mine.device), mine))
-            continue
-        optimizer, number, name = name.split('.')              # opt0.NUMBER OF THE PARAMETER.NAME
-        optimizer = optimizers[int(optimizer[3:])]
-        params = [p for group in optimizer.param_groups for p in group['params']]
-        p = params[int(number)]
-        x = x.to(p.device)
-        optimizer.state[p][name] = split_like(x, p) if x.ndim else x            # a number: Adam's steps
+    places = optimizer_places(optimizers)
+    for name, (_, key, p) in places.items():
+        if name not in tensors or tensors[name].shape != (() if key == 'step' else p.shape):
+            raise damaged
+    for name, x in weights.items():
+        x.copy_(split_like(tensors[name].to(x.device), x))
+    for name, (state, key, p) in places.items():
+        x = tensors[name].to(p.device)
+        state[key] = split_like(x, p) if x.ndim else x         # a number: Adam's steps
     run.say(f'go on from {path}, step {step}')
     return step
 

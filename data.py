@@ -509,6 +509,7 @@ class Clips:
         self.wan = self.manifest['recipe'].get('wan', '')     # the folder of the codec's weights
         self.split = split
         self.rows, self.captions = [], []                     # of each clip: (its file, its row in the file)
+        self.size = None                                      # (H / 8, W / 8), one for all
         for shard in self.manifest['shards']:
             if shard['file'].startswith(split):
                 self.open(folder, shard)
@@ -523,10 +524,17 @@ class Clips:
         try:
             f = safe_open(path, 'pt')
             captions = json.loads(f.metadata()['meta'])['captions']
-            shapes = [f.get_slice(key).get_shape() for key in ('latents', 'c2w', 'K')]
-            n, F, *_, h, w = shapes[0]
-            if shapes != [[n, F, 16, h, w], [n, F, 4, 4], [n, 4]]:
-                raise ValueError(f'latents, c2w and K are of shapes {shapes}')
+            n, F, _, h, w = f.get_slice('latents').get_shape()
+            want = {'latents': [n, F, 16, h, w], 'c2w': [n, F, 4, 4], 'K': [n, 4]}
+            if self.split == 'val':
+                pictures = 4 * F - 3 if self.wan else F
+                want['frames'] = [n, pictures, 8 * h, 8 * w, 3]
+            shapes = {key: f.get_slice(key).get_shape() for key in want}
+            if shapes != want or h % 2 or w % 2:
+                raise ValueError(f'shapes {shapes}')
+            self.size = self.size or (h, w)
+            if self.size != (h, w):
+                raise ValueError(f'latents of {h} x {w}, elsewhere of {self.size[0]} x {self.size[1]}')
             if not n == shard['clips'] == len(captions):
                 raise ValueError(f'{n} clips, the manifest says {shard["clips"]}')
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
@@ -623,6 +631,8 @@ def draw_sample(clips, j, frames, cfg, seed, whole):
     r = np.random.default_rng([seed, 11 if train else 10, j])
     i = r.integers(len(clips)) if train else j % len(clips)                   # held-out clips come in order
     latents, c2w, K, *more = clips.read(i)
+    if not all(x.isfinite().all() for x in (latents, c2w, K)):
+        raise BadInput(f'the {clips.split} clips hold what is no number, in clip {i}: make them again')
     length = len(latents)
     if whole:
         frames = max(frames, length)
@@ -647,7 +657,7 @@ def draw_sample(clips, j, frames, cfg, seed, whole):
     elif cfg.sink and train and length > frames and r.random() < .5:
         window[0] = r.integers(length)
         jump = True
-    tensors = (latents[window].float(), c2w[window], K.expand(frames, 4), text,
+    tensors = (latents[window].float(), c2w[window].float(), K.float().expand(frames, 4), text,
                torch.from_numpy(eps), torch.from_numpy(u), torch.tensor(jump), *more)
     return tensors, clips.captions[i]
 

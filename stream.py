@@ -38,7 +38,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from camera import KEYS, BadInput, Camera, apply_keys, keys_to_poses, make_pose, parse_keys, relative
-from common import check_folder, command_line, cpu_cores, load_model, pick_device, to_rgb, written_whole
+from common import (check_folder, check_limits, command_line, cpu_cores, load_model, pick_device, to_rgb,
+                    written_whole)
 from data import Config as DataConfig
 from data import Clips, Lowpoly, find_codec, free, load_manifest, lowpoly_clips, make_plan, noise_for
 from model import rollout, rollout_clip, schedule
@@ -133,7 +134,8 @@ def held_out(cfg, header, indices, frames=1):
     if recipe['world'] == 'lowpoly' and 'wan' not in recipe:
         try:
             clips = DataConfig(**recipe | {'frames': frames})
-        except TypeError as e:
+            check_limits(clips)
+        except (TypeError, BadInput) as e:
             raise BadInput(f'{cfg.ckpt}: made by another version of this code ({e})') from None
         return lowpoly_clips(clips, 1, indices)
     folder = cfg.data
@@ -146,6 +148,7 @@ def held_out(cfg, header, indices, frames=1):
     world = {}
     for key in ('frames', 'c2w', 'K'):
         world[key] = torch.stack([clips.read(i, [key])[0] for i in indices])
+    world |= {key: world[key].float() for key in ('c2w', 'K')}
     H, W = recipe['height'], recipe['width']
     if world['frames'].shape[2:4] != (H, W):
         raise BadInput(f'{cfg.ckpt} is of {H} x {W} pixels, the clips in {folder} are not: '
@@ -193,6 +196,13 @@ def sampler(cfg, header, shift):
     )
 
 
+def check_numbers(z, path):
+    """Raise BadInput if the latents that a checkpoint generates are not finite."""
+    if not z.isfinite().all():
+        raise BadInput(f'{path}: what it generates is no numbers: did its training go wrong? Else try '
+                       'less --guidance, or --dtype float32')
+
+
 @torch.inference_mode()
 def generate(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along the paths c2w (B, F, 4, 4) with intrinsics K (B, 4). F' is F,
@@ -202,9 +212,7 @@ def generate(model, cfg, header, codec, c2w, K, captions, first, noise):
     K = K[:, None].expand(-1, c2w.shape[1], -1)           # (B, F, 4)
     z = rollout_clip(model, c2w, K, text, noise=noise, first_frame=first,
                      null_text=null_text, **sampler(cfg, header, model.cfg.shift))
-    if not z.isfinite().all():
-        raise BadInput(f'{cfg.ckpt}: what it generates is no numbers: did its training go wrong? Else try '
-                       'less --guidance, or --dtype float32')
+    check_numbers(z, cfg.ckpt)
     return torch.cat([codec.decode(video) for video in z.split(1)])   # one by one: memory
 
 
@@ -278,8 +286,13 @@ def video_options(path, fps):
 def write_video(path, pictures, fps):
     """Write pictures (H, W, 3) uint8, a list or a generator, as .mp4 or .gif. Failing leaves the old."""
     options = video_options(path, fps)
-    with written_whole(path, os.path.splitext(path)[1].lower()) as tmp:
-        iio.imwrite(tmp, pictures, **options)
+    extension = os.path.splitext(path)[1].lower()
+    with written_whole(path, extension) as tmp:
+        if extension == '.gif':                           # whole: Pillow has more to say on a full disk
+            film = iio.imwrite('<bytes>', pictures, extension=extension, **options)
+            pathlib.Path(tmp).write_bytes(film)
+        else:
+            iio.imwrite(tmp, pictures, **options)
         next(iio.imiter(tmp))                             # on a full disk ffmpeg breaks off without a word
 
 
@@ -516,6 +529,7 @@ class Live:
         chunks = rollout(self.model, self.cameras(path), text, noise=noise, first_frame=self.latents,
                          null_text=null_text, **sampler(cfg, self.header, m.shift))
         for z in chunks:
+            check_numbers(z, self.ckpts[self.asked['ckpt']])
             pictures = to_uint8(decode(z)[0])             # (n, H, W, 3)
             shown = [step for step in path[-z.shape[1]:] for _ in range(codec.stride)]
             shown = shown[-len(pictures):]                # the Step of each picture

@@ -1,7 +1,9 @@
 """What users bring that no script expects: each gets one sentence and exit code 1, and what was there stays."""
 import argparse
+import gc
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,9 +17,11 @@ from conftest import SMALL, dmd_args, run
 from safetensors.torch import load_file, save_file
 
 from camera import BadInput, parse_keys
-from common import Log, check_limits, command_line, load_model, load_tensors, save_model, save_tensors, written_whole
-from data import Clips, load_manifest, path_metrics
-from stream import load_picture
+from common import (Log, Run, check_limits, command_line, load_model, load_resume, load_tensors, make_optimizers,
+                    save_model, save_resume, save_tensors, written_whole)
+from data import Clips, get_batch, load_manifest, path_metrics
+from model import PRESETS, DiT
+from stream import load_picture, write_video
 from worlds.poses import read_poses, minwm_keys
 
 
@@ -40,6 +44,7 @@ def test_numbers_without_end(script, flag, value, most):
     ('stream.py', ['--out', f'{__file__}/walk.gif'], 'cannot write into the folder'),
     ('data.py', ['--out', __file__], 'is there, and no folder of clips'),
     ('data.py', ['--out', os.path.dirname(__file__)], 'is there, and no folder of clips'),
+    ('stream.py', ['--over', 'keys'], 'error: --over keys: choose camera or text'),
     ('finetune_camera.py', ['--camera', 'none', '--init', 'base.safetensors', '--data', '{data}'], 'leave out --init'),
     ('experiments.score', ['--paths', 1, '--frames', 2], 'two held-out paths')])
 def test_flags_that_cannot_be_meant(script, args, words, data, chain, tmp_path):
@@ -103,6 +108,90 @@ def test_headers_that_say_what_cannot_be(change, words, chain, tmp_path):
     change_header(f'{chain}/ar.safetensors', tmp_path / 'x.safetensors', change)
     assert words in run('stream.py', '--ckpt', tmp_path / 'x.safetensors', '--keys', 'w', '--steps', 1, ok=False,
                         cwd=tmp_path)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(num_heads=7), dict(num_heads=True), dict(chunk=0), dict(dim=10 ** 9), dict(dim='x'), dict(dim=96.0),
+    dict(sink=1), dict(eviction='other'), dict(eps='a'), dict(eps=-1.), dict(shift=math.nan),
+    dict(num_layers=10 ** 4), dict(text_len=None), dict(camera=3), dict(patch=[2])])
+def test_settings_that_no_network_has(settings, chain, tmp_path):
+    change_header(f'{chain}/ar.safetensors', tmp_path / 'x.safetensors', lambda h: h['model'].update(settings))
+    with pytest.raises(BadInput, match='settings are damaged'):
+        load_model(str(tmp_path / 'x.safetensors'))
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(frames='x'), dict(stage=5), dict(step=None), dict(metrics=[]), dict(context='a')])
+def test_headers_of_other_types(wrong, chain, tmp_path):
+    change_header(f'{chain}/ar.safetensors', tmp_path / 'x.safetensors', lambda h: h.update(wrong))
+    with pytest.raises(BadInput, match=f'its header is damaged .{next(iter(wrong))}.: make the checkpoint again'):
+        load_model(str(tmp_path / 'x.safetensors'))
+
+
+def change_tensors(path, change):
+    """Rewrite a file of save_tensors, after change(tensors, header)."""
+    tensors, header = load_tensors(path)
+    tensors = {name: x.clone() for name, x in tensors.items()}
+    change(tensors, header)
+    save_tensors(path, tensors, header)
+
+
+@pytest.mark.parametrize('change', [
+    lambda t, h: t.pop('opt0.0.exp_avg'), lambda t, h: t.pop('opt1.0.momentum_buffer'),
+    lambda t, h: t.pop('opt0.1.step'), lambda t, h: t.update({'opt0.0.step': torch.ones(2)}),
+    lambda t, h: t.update({'opt1.0.momentum_buffer': torch.ones(3)}),
+    lambda t, h: h.update(step='x'), lambda t, h: h.update(step=None), lambda t, h: h.update(config=3),
+    lambda t, h: [t.pop(name) for name in list(t) if name.startswith('opt')]])
+def test_resume_files_that_lack_something(change, tmp_path):
+    model = DiT(PRESETS['tiny'])
+    optimizers = make_optimizers(model, 1e-3, True, (.9, .99), torch.float32)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    run = Run(0, 1, torch.device('cpu'), torch.float32, 1)
+    path, ema = f'{tmp_path}/x.resume.safetensors', {}
+    save_resume(path, model, ema, optimizers, 3, {'lr': 1})
+    assert load_resume(path, model, ema, optimizers, {'lr': 1}, run) == 3
+    change_tensors(path, change)
+    with pytest.raises(BadInput, match='x.resume.safetensors: damaged, or not what a run leaves'):
+        load_resume(path, model, ema, optimizers, {'lr': 1}, run)
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda t: t.pop('frames'), 'missing or corrupt shard .*frames'),
+    (lambda t: t.update(frames=t['frames'][:, :, :-1]), 'missing or corrupt shard .shapes'),
+    (lambda t: t.update(latents=t['latents'][..., :-1], frames=t['frames'][:, :, :, :-8]),
+     'missing or corrupt shard .shapes'),
+    (lambda t: t['c2w'][0].fill_(math.nan), 'the val clips hold what is no number, in clip 0'),
+    (lambda t: t['latents'][0, 0].fill_(math.inf), 'the val clips hold what is no number, in clip 0')])
+def test_held_out_clips_that_were_changed_by_hand(change, words, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / 'clips')
+    first = load_manifest(folder)['shards'][-1]['file']
+    change_tensors(f'{folder}/{first}', lambda tensors, header: change(tensors))
+    with pytest.raises(BadInput, match=words):
+        clips = Clips(str(folder), 'val')
+        get_batch(clips, 0, len(clips), 3, PRESETS['tiny'])
+
+
+def test_poses_in_double_precision_are_read(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / 'clips')
+    for shard in load_manifest(folder)['shards']:
+        change_tensors(f'{folder}/{shard["file"]}', lambda t, h: t.update(c2w=t['c2w'].double(), K=t['K'].double()))
+    ours, theirs = (get_batch(Clips(str(path)), 0, 2, 3, PRESETS['tiny']).camera for path in (data, folder))
+    assert torch.equal(ours.c2w, theirs.c2w) and torch.equal(ours.K, theirs.K) and torch.equal(ours.move, theirs.move)
+
+
+def test_a_film_on_a_full_disk_is_one_sentence(tmp_path, capfd):
+    if not os.path.exists('/dev/full'):
+        pytest.skip('/dev/full is of Linux')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'getpid', lambda: 'x')
+        os.symlink('/dev/full', tmp_path / 'walk.gif.tmpx.gif')
+        with pytest.raises(BadInput, match='walk.gif: cannot be written .*No space left'):
+            write_video(f'{tmp_path}/walk.gif', [np.zeros((64, 64, 3), np.uint8)] * 2, 8)
+    gc.collect()
+    assert capfd.readouterr().err == ''
 
 
 def test_weights_that_are_no_numbers_make_no_film(chain, tmp_path):

@@ -24,6 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from camera import BadInput
+from common import load_model, save_model
 from conftest import ROOT, run
 from stream import Config, Held, Live, refusal, to_jpeg, video_codec, write_video
 
@@ -241,6 +242,16 @@ def test_a_bad_checkpoint_is_said_to_the_page(tmp_path):
     walk.change_model('bad')
     header = json.loads(ws.sent.get(timeout=10))
     assert 'bad.safetensors' in header['error'] and walk.model == 'the model before'
+
+
+def test_a_walk_that_is_no_numbers_ends_with_a_sentence(tmp_path):
+    model, header = load_model(f'{ROOT}/checkpoints/ar.safetensors')
+    state = {name: torch.full_like(x, torch.nan) for name, x in model.state_dict().items()}
+    header = {name: value for name, value in header.items() if name != 'model'}
+    save_model(f'{tmp_path}/nan.safetensors', state, model.cfg, **header)
+    cfg = Config(ckpt=f'{tmp_path}/nan.safetensors', first='prompt', steps=1, fps=25)
+    with pytest.raises(BadInput, match='nan.safetensors: what it generates is no numbers'):
+        Live(cfg, torch.device('cpu'), torch.float32).run()
 
 
 MALFORMED = [
