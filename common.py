@@ -272,6 +272,15 @@ def clip_gradients(params, limit):
     return norm
 
 
+def take_step(optimizers, lr):
+    """One step of each, at this learning rate; the gradients are dropped."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(step, steps, lr, warmup, decay):
     """Linear warm-up over `warmup` steps, constant, then linear decay to 0 over the last fraction `decay`."""
     return lr * min(1, (step + 1) / max(1, warmup), (steps - step) / (decay * steps + 1e-9))
@@ -413,6 +422,12 @@ def save_model(path, state, cfg, **meta):
     save_tensors(path, state, {'model': asdict(cfg), **meta})
 
 
+def make_header(cfg, stage, step, metrics, clips):
+    """What a checkpoint says of itself, beside its config."""
+    return dict(stage=stage, step=step, seed=cfg.seed, metrics=metrics, frames=cfg.frames,
+                context=getattr(cfg, 'context', 0.0), data=clips.manifest, command=' '.join(sys.argv))
+
+
 def config_from_header(header):
     """The ModelConfig that save_model has stored; None if there is none that this code could have stored."""
     saved = dict(header.get('model', {}))
@@ -428,11 +443,12 @@ def possible(cfg):
     """Can a network have these settings? A file may have been changed by hand."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        least = 0 if f.name == 'camera_freqs' else 1e-12
+        least = 0 if f.name in ('camera_freqs', 'encoder_blocks') else 1e-12
         if type(value) is not f.type or f.type in (int, float) and not least <= value <= 2 ** 16:
             return False
     rotates = cfg.dim % (2 * cfg.num_heads) == 0               # pairs of channels
-    return rotates and cfg.num_layers <= 1000 and cfg.eviction in ('chunks', 'frames')
+    evicts = cfg.eviction == 'chunks' or cfg.eviction == 'frames' and not cfg.encoder_blocks
+    return rotates and evicts and cfg.encoder_blocks < cfg.num_layers <= 1000
 
 
 def load_model(path, device='cpu', dtype=torch.float32, chunks=None):
@@ -605,15 +621,19 @@ class Meter:
         self.steps += 1
         self.seconds += time.time() - began
 
-    def read(self):
-        """(loss, [error by quarter of t], milliseconds a step), over all processes."""
+    def write(self, log, cfg, stage, step, norm, lr):
+        """A line in the log, over all processes; then begin again."""
         if self.run.world > 1:
             dist.all_reduce(self.sums)
         loss = self.sums[0, 0].item() / self.steps / self.run.world
-        levels = self.sums[1, 1:] / self.sums[2, 1:].clamp(min=1)
+        levels = (self.sums[1, 1:] / self.sums[2, 1:].clamp(min=1)).tolist()
         ms = self.seconds * 1e3 / self.steps
         self.restart()
-        return loss, levels.tolist(), ms
+        speed = cfg.batch * cfg.frames / ms * 1e3              # frames a second
+        by_t = ' '.join(f'{x:.3f}' for x in levels)
+        log.write(f'{stage} {step:6d} | loss {loss:.4f} | by t {by_t} | norm {norm:6.3f} | lr {lr:.1e} | '
+                  f'{ms:6.0f} ms | {speed:6.0f} frames/s', step=step, loss=loss, levels=levels, norm=norm,
+                  lr=lr, ms=ms, frames_s=speed, batch=cfg.batch)
 
 
 def score(evaluate, cfg, stage, run, model, ema, clips, log, step):
@@ -627,6 +647,15 @@ def score(evaluate, cfg, stage, run, model, ema, clips, log, step):
         text = ', '.join(f'{name} {value:.3f}' for name, value in metrics.items())
         log.write(f'{stage} {step:6d} | {text}', step=step, **metrics)
     return state, metrics
+
+
+def save_stage(cfg, stage, run, state, model_cfg, metrics, clips):
+    """Write the checkpoint of a stage, and say whether it is healthy."""
+    if run.rank == 0:
+        header = make_header(cfg, stage, cfg.steps, metrics, clips)
+        save_model(f'{cfg.out}/{stage}.safetensors', state, model_cfg, **header)
+        print(f'{cfg.out}/{stage}.safetensors, {cfg.out}/{stage}.png')
+        print(gate(stage, cfg.preset, metrics, clips.manifest['recipe']))
 
 # -----------------------------------------------------------------------------
 # gates: is this stage healthy?

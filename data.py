@@ -689,14 +689,17 @@ def to_device(x, device):
     return x
 
 
-def batches(starts, clips, count, frames, cfg, seed, device):
-    """get_batch(clips, start, count, ...) for each of `starts`. For a GPU, which would wait, other processes
-    make them ahead."""
-    sample = functools.partial(get_batch, clips, count=count, frames=frames, cfg=cfg, seed=seed)
+def batches(start, clips, cfg, model_cfg, run):
+    """From step `start` on, the micro-batches of this process: its slices of every batch. For a GPU, which
+    would wait, other processes make them ahead."""
+    slices = [(run.rank * cfg.accum + i) * run.micro for i in range(cfg.accum)]
+    starts = [step * cfg.batch + offset for step in range(start, cfg.steps) for offset in slices]
+    sample = functools.partial(get_batch, clips, count=run.micro, frames=cfg.frames, cfg=model_cfg,
+                               seed=cfg.seed)
     sample(0, count=1)                                        # bad input is reported here, not by a process
-    workers = 4 if device.type == 'cuda' else 0
+    workers = 4 if run.device.type == 'cuda' else 0
     for batch in DataLoader(starts, batch_size=None, collate_fn=sample, num_workers=workers):
-        yield to_device(batch, device)
+        yield to_device(batch, run.device)
 
 
 def noise_for(seeds, shape, device, stream=9):

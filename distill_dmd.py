@@ -21,7 +21,6 @@ given, without gradient or loss; 4) the fake score learns from the generator's o
 import collections
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -33,8 +32,8 @@ from tqdm import tqdm
 
 from camera import BadInput, Camera, moves, relative, starts_elsewhere
 from common import (Log, clip_gradients, command_line, describe, find_checkpoint, fixed_settings, gate,
-                    learning_rate, load_model, load_resume, load_tensors, save_model, save_resume, score,
-                    setup, shard, update_ema)
+                    learning_rate, load_model, load_resume, load_tensors, make_header, save_model,
+                    save_resume, score, setup, shard, update_ema)
 from data import Batch, get_batch, noise_for, open_clips, path_metrics, psnr, write_strip
 from model import (add_noise, chunk_ids, null_condition, rollout, rollout_clip, sample_clip, schedule,
                    shift_time, v_to_x0)
@@ -513,8 +512,7 @@ def train(cfg, run, nets, clips, held_out):
             began = time.time()
         if done % cfg.eval_every == 0 or done == cfg.steps:
             state, metrics = score(evaluate, cfg, 'dmd', run, model, ema, choice, log, done)
-            header = dict(stage='dmd', step=done, seed=cfg.seed, metrics=metrics, frames=cfg.frames,
-                          context=cfg.context, data=held_out.manifest, command=' '.join(sys.argv))
+            header = make_header(cfg, 'dmd', done, metrics, held_out)
             if run.rank == 0 and metrics['score'] < best:
                 save_model(f'{path}.safetensors', state, model.cfg, **header)
                 best = metrics['score']

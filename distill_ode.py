@@ -20,7 +20,6 @@ of steps, serves 4, 2 and 1; 3) times and dt in float32, masters in float32 (in 
 """
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -30,12 +29,12 @@ from tqdm import tqdm
 
 from camera import BadInput, Camera
 from common import (Log, Meter, checksum, clip_gradients, command_line, describe, find_checkpoint,
-                    fixed_settings, gate, learning_rate, load_model, load_resume, make_optimizers,
-                    save_model, save_resume, save_tensors, score, setup, shard, sync_gradients, update_ema,
+                    fixed_settings, learning_rate, load_model, load_resume, make_optimizers, save_resume,
+                    save_stage, save_tensors, score, setup, shard, sync_gradients, take_step, update_ema,
                     write_json)
 from data import Clips, batches, get_batch, load_manifest, noise_for, open_clips, path_metrics, write_strip
 from model import (KVCache, add_noise, causal_mask, chunk_ids, null_condition, rollout_clip, schedule,
-                   teacher_forced, teacher_forcing_mask, v_to_x0)
+                   shifted, teacher_forced, teacher_forcing_mask, v_to_x0)
 
 
 @dataclass
@@ -111,19 +110,24 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
         camera = Camera.cat([camera, null_camera], 0)
         history, level = torch.cat([history, history]), torch.cat([level, level])
 
-    # the history is encoded once, into a cache; chunk i sees history chunks < i and itself
+    # the history is encoded once; chunk i sees history chunks < i and itself
     ids = chunk_ids(F, model.cfg.chunk, model.cfg.first_chunk)
-    cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, history.device)
-    model(history, level, text, camera, causal_mask(ids), cache=cache)
-    cache.end = F
-    mask = teacher_forcing_mask(ids)[F:]
+    if model.cfg.encoder_blocks:
+        past = shifted(history, level, model.cfg.chunk)
+        context = model.encode(*past, text, camera, causal_mask(ids))
+        options = dict(mask=causal_mask(ids), context=context)
+    else:
+        cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, history.device)
+        model(history, level, text, camera, causal_mask(ids), cache=cache)
+        cache.end = F
+        options = dict(mask=teacher_forcing_mask(ids)[F:], pos=range(F), cache=cache)
 
     x = batch.eps.clone()
     states = []
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
         x_t = x if guidance == 1 else torch.cat([x, x])
         t_all = torch.full((len(x_t), F), t, device=x.device)
-        v = model(x_t, t_all, text, camera, mask, pos=range(F), cache=cache)
+        v = model(x_t, t_all, text, camera, **options)
         if guidance != 1:
             cond, null = v[:B], v[B:]
             v = null + guidance * (cond - null)
@@ -353,16 +357,13 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
     path = f'{cfg.out}/{stage}'
     model = getattr(net, 'module', net)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), run.dtype)
+    resume = f'{path}.resume.safetensors', model, ema, optimizers
     settings = fixed_settings(cfg, clips)
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, settings, run)
+    start = load_resume(*resume, settings, run)
     describe(stage, model, cfg, run, clips)
     log = Log(f'{path}.jsonl', run, start, again=cfg.steps)
     meter = Meter(run)
-
-    # this process takes its slice of every batch
-    slices = [(run.rank * cfg.accum + i) * run.micro for i in range(cfg.accum)]
-    starts = [step * cfg.batch + offset for step in range(start, cfg.steps) for offset in slices]
-    samples = batches(starts, clips, run.micro, cfg.frames, model.cfg, cfg.seed, run.device)
+    samples = batches(start, clips, cfg, model.cfg, run)
 
     for step in tqdm(range(start, cfg.steps), stage, cfg.steps, initial=start, disable=run.rank > 0):
         began = time.time()
@@ -375,34 +376,20 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
             (loss / cfg.accum).backward()
             meter.add(loss / cfg.accum, error, t)
         norm = clip_gradients(model.parameters(), cfg.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        take_step(optimizers, lr)
         update_ema(ema, model, cfg.ema, step)
         meter.end_step(began)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            loss, levels, ms = meter.read()
-            speed = cfg.batch * cfg.frames / ms * 1e3                      # frames a second
-            by_t = ' '.join(f'{x:.3f}' for x in levels)
-            log.write(f'{stage} {done:6d} | loss {loss:.4f} | by t {by_t} | norm {norm:6.3f} | lr {lr:.1e} | '
-                      f'{ms:6.0f} ms | {speed:6.0f} frames/s', step=done, loss=loss, levels=levels, norm=norm,
-                      lr=lr, ms=ms, frames_s=speed, batch=cfg.batch)
+            meter.write(log, cfg, stage, done, norm, lr)
         if done % cfg.eval_every == 0 and done < cfg.steps:
             score(evaluate, cfg, stage, run, model, ema, held_out, log, done)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, settings)
+            save_resume(*resume, done, settings)
 
     state, metrics = score(evaluate, cfg, stage, run, model, ema, held_out, log, cfg.steps)
-    if run.rank == 0:
-        save_model(f'{path}.safetensors', state, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed,
-                   metrics=metrics, frames=cfg.frames, context=getattr(cfg, 'context', 0.0),
-                   data=held_out.manifest, command=' '.join(sys.argv))
-        print(f'{path}.safetensors, {path}.png')
-        print(gate(stage, cfg.preset, metrics, held_out.manifest['recipe']))
+    save_stage(cfg, stage, run, state, model.cfg, metrics, held_out)
     run.end()
 
 

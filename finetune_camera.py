@@ -14,7 +14,6 @@ its time embedding, not as PRoPE; 2) with probability p_first frame 0 is given c
 image-to-world and text-to-world; 3) text and camera are dropped at random, so both can be guided; 4) no
 weight over t; 5) Muon and an EMA; 6) gradient accumulation is real.
 """
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -23,10 +22,10 @@ from tqdm import tqdm
 
 from camera import BadInput, Camera
 from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, fixed_settings,
-                    gate, learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume,
-                    score, setup, shard, sync_gradients, update_ema)
+                    learning_rate, load_model, load_resume, make_optimizers, save_resume, save_stage, score,
+                    setup, shard, sync_gradients, take_step, update_ema)
 from data import batches, get_batch, open_clips, path_metrics, write_strip
-from model import PRESETS, DiT, add_noise, empty_prompt, sample_clip, schedule, shift_time
+from model import PRESETS, DiT, add_noise, empty_prompt, rebuilt, sample_clip, schedule, shift_time
 
 
 @dataclass
@@ -124,19 +123,12 @@ def evaluate(model, cfg, clips, device, strip=None):
 # -----------------------------------------------------------------------------
 # the model: from --init; where the default is not there, from checkpoints/, else from scratch
 
-def add_camera(model, camera):
-    """The same network with a camera branch ('plucker' or 'prope'), which is zero: nothing changes yet."""
-    new = DiT(replace(model.cfg, camera=camera)).to(model.head.head.weight)
-    new.load_state_dict(model.state_dict(), strict=False)
-    return new
-
-
 def start_model(cfg, run):
     path = None if cfg.camera == 'none' else find_checkpoint(cfg.init, Config.init)
     if path:
         model, header = load_model(path, run.device)
         if model.cfg.camera == 'none':
-            model = add_camera(model, cfg.camera)
+            model = rebuilt(model, camera=cfg.camera)                      # its weights are zero
         elif cfg.camera not in (Config.camera, model.cfg.camera):
             raise BadInput(f'--camera {cfg.camera}: {path} has learned {model.cfg.camera} already: name a '
                            'base model, --init')
@@ -173,16 +165,13 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
     path = f'{cfg.out}/{stage}'
     model = getattr(net, 'module', net)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), run.dtype)
+    resume = f'{path}.resume.safetensors', model, ema, optimizers
     settings = fixed_settings(cfg, clips)
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, settings, run)
+    start = load_resume(*resume, settings, run)
     describe(stage, model, cfg, run, clips)
     log = Log(f'{path}.jsonl', run, start, again=cfg.steps)
     meter = Meter(run)
-
-    # this process takes its slice of every batch
-    slices = [(run.rank * cfg.accum + i) * run.micro for i in range(cfg.accum)]
-    starts = [step * cfg.batch + offset for step in range(start, cfg.steps) for offset in slices]
-    samples = batches(starts, clips, run.micro, cfg.frames, model.cfg, cfg.seed, run.device)
+    samples = batches(start, clips, cfg, model.cfg, run)
 
     for step in tqdm(range(start, cfg.steps), stage, cfg.steps, initial=start, disable=run.rank > 0):
         began = time.time()
@@ -195,34 +184,20 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
             (loss / cfg.accum).backward()
             meter.add(loss / cfg.accum, error, t)
         norm = clip_gradients(model.parameters(), cfg.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        take_step(optimizers, lr)
         update_ema(ema, model, cfg.ema, step)
         meter.end_step(began)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            loss, levels, ms = meter.read()
-            speed = cfg.batch * cfg.frames / ms * 1e3                      # frames a second
-            by_t = ' '.join(f'{x:.3f}' for x in levels)
-            log.write(f'{stage} {done:6d} | loss {loss:.4f} | by t {by_t} | norm {norm:6.3f} | lr {lr:.1e} | '
-                      f'{ms:6.0f} ms | {speed:6.0f} frames/s', step=done, loss=loss, levels=levels, norm=norm,
-                      lr=lr, ms=ms, frames_s=speed, batch=cfg.batch)
+            meter.write(log, cfg, stage, done, norm, lr)
         if done % cfg.eval_every == 0 and done < cfg.steps:
             score(evaluate, cfg, stage, run, model, ema, held_out, log, done)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, settings)
+            save_resume(*resume, done, settings)
 
     state, metrics = score(evaluate, cfg, stage, run, model, ema, held_out, log, cfg.steps)
-    if run.rank == 0:
-        save_model(f'{path}.safetensors', state, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed,
-                   metrics=metrics, frames=cfg.frames, context=getattr(cfg, 'context', 0.0),
-                   data=held_out.manifest, command=' '.join(sys.argv))
-        print(f'{path}.safetensors, {path}.png')
-        print(gate(stage, cfg.preset, metrics, held_out.manifest['recipe']))
+    save_stage(cfg, stage, run, state, model.cfg, metrics, held_out)
     run.end()
 
 

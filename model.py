@@ -63,6 +63,7 @@ class ModelConfig:
     shift: float = 4.0            # time schedule: more noise for more tokens a frame
     sink: bool = False            # a walk's first frame stays in the window (StreamingLLM, LongLive)
     eviction: str = 'chunks'      # how old frames leave a walk's window: chunks | frames, as minWM (see Walk)
+    encoder_blocks: int = 0       # split network: so many blocks run once a chunk, the rest at every step
 
 
 WAN = dict(text_dim=4096, text_len=512, chunk=4, shift=5.0)
@@ -266,62 +267,70 @@ class KVCache:
     """Keys and values of a growing window of frames, preallocated.
 
     `end` frames are final. A forward pass writes the keys and values of its own frames behind them; the next
-    denoising step overwrites the same place. With gradient enabled the cache is only read: to fill it, run
+    denoising step overwrites the same places. With gradient enabled the cache is only read: to fill it, run
     the network under torch.no_grad().
+
+    Attention does not care in which order it reads keys, so none is ever moved: `places` says where each
+    frame lies, oldest first, and then where new ones will.
     """
 
     def __init__(self, cfg, B, frames, L, device, dtype=torch.float32):
         device_type = torch.device(device).type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        slots = cfg.num_layers
-        if 'prope' in cfg.camera:                  # its attention must not share the slots of the first one
-            slots *= 2
-        shape = slots, B, frames * L, cfg.num_heads, cfg.dim // cfg.num_heads
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.frames = frames
-        self.L = L                                 # tokens a frame
+        self.layers = cfg.encoder_blocks or cfg.num_layers
+        # PRoPE's attention must not share the slots of the first one
+        slots = 2 * self.layers if 'prope' in cfg.camera else self.layers
+        shape = 2, slots, B, frames, L, cfg.num_heads, cfg.dim // cfg.num_heads
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)      # keys, values
+        self.places = list(range(frames))
         self.end = 0                               # frames that are final
         self.gone = 0                              # frames that `roll` has dropped
-        self.sink = None                           # frame 0's keys, at position 0
+        self.sink = None                           # the sink's keys at the positions that it began with
         self.text = [None] * cfg.num_layers        # the prompt's keys and values, filled at first use
 
+    def prepare(self, n, mask):
+        """Before a pass over n new frames: free places for them, so that all frames then lie side by side.
+        Returns the pass's mask with its columns in the order in which they do."""
+        there = self.end + n
+        if there > len(self.places):
+            raise BadInput(f'a window of {len(self.places)} frames is too small: use at least {there}')
+        if torch.is_grad_enabled():
+            return mask
+        if max(self.places[:there]) >= there:      # copy, oldest first
+            self.kv = self.kv[:, :, :, self.places]
+            self.places = list(range(len(self.places)))
+        order = sorted(range(there), key=self.places.__getitem__)
+        return None if mask is None else mask[:, order]
+
     def update(self, slot, k, v):
-        """Write k, v (B, n L, N, Dh) of this pass behind the final frames; return all that is there."""
-        start = self.end * self.L
-        end = start + k.shape[1]
-        if end > self.frames * self.L:
-            raise BadInput(f'a window of {self.frames} frames is too small: use at least {end // self.L}')
+        """Write k, v (B, n L, N, Dh) of this pass into the next places; return all that is there."""
+        L = self.kv.shape[4]                       # tokens a frame
+        kv = self.kv[:, slot]                      # (2, B, frames, L, N, Dh)
+        new = torch.stack([k, v]).unflatten(2, (-1, L))
+        there = self.end + new.shape[2]
         if torch.is_grad_enabled():                # self-rollout: gradient must not reach the past
-            k = torch.cat([self.k[slot, :, :start], k], 1)
-            v = torch.cat([self.v[slot, :, :start], v], 1)
-            return k, v
-        self.k[slot, :, start:end] = k
-        self.v[slot, :, start:end] = v
-        return self.k[slot, :, :end], self.v[slot, :, :end]
+            kv = torch.cat([kv[:, :, self.places[:self.end]], new], 2)
+        else:
+            for i, place in enumerate(self.places[self.end:there]):
+                kv[:, :, place] = new[:, :, i]
+        return kv[:, :, :there].flatten(2, 3).unbind(0)
 
     def roll(self, n, sink=0):
         """Drop the n oldest frames behind the first `sink` ones. The rest keep their positions, as rotary
         attention sees only differences."""
-        kept = sink * self.L                       # tokens
-
-        def shifted(x):                            # a new tensor: checkpointed blocks may still read the old
-            first, old, new = x.tensor_split([kept, kept + n * self.L], dim=2)
-            return torch.cat([first, new, old], 2)
-
-        self.k = shifted(self.k)
-        self.v = shifted(self.v)
+        free = self.places[sink:sink + n]
+        self.places = self.places[:sink] + self.places[sink + n:] + free
         self.end -= n
         self.gone += n
 
-    def move_sink(self):
-        """Rotate frame 0's key to sit just before the oldest frame that remains."""
-        layers = len(self.text)                    # PRoPE's keys, in the slots behind, are not rotated
-        if self.sink is None:                      # always from position 0, so that rounding does not add up
-            self.sink = self.k[:layers, :, :self.L].clone()
-        turn = rotary_table((self.gone,), 1, 1, self.k.shape[-1], self.k.device)
-        self.k[:layers, :, :self.L] = rotate(self.sink, turn)
+    def move_sink(self, n):
+        """Rotate the keys of the first n frames to sit just before the oldest frame that remains."""
+        keys = self.kv[0, :self.layers, :, :n]     # a sink stays where it is; PRoPE's keys are not rotated
+        if self.sink is None:                      # always from there, so that rounding does not add up
+            self.sink = keys.clone()
+        turn = rotary_table((self.gone,), 1, 1, keys.shape[-1], keys.device)
+        keys.copy_(rotate(self.sink, turn))
 
 # -----------------------------------------------------------------------------
 # the transformer, under Wan2.1's parameter names
@@ -391,7 +400,8 @@ class Attention(nn.Module):
     def __init__(self, cfg, prope=False):
         super().__init__()
         D = cfg.dim
-        self.N, self.layers = cfg.num_heads, cfg.num_layers
+        self.N = cfg.num_heads
+        self.cached = cfg.encoder_blocks or cfg.num_layers            # so many blocks have a cache
         self.q = nn.Linear(D, D)
         self.k = nn.Linear(D, D)
         self.v = nn.Linear(D, D)
@@ -412,6 +422,8 @@ class Attention(nn.Module):
         prope (B, F, 2, 4, 4): each frame's projection and its inverse, or None."""
         if torch.is_autocast_enabled(x.device.type):                  # cast once for q, k and v
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if layer >= self.cached:                   # a split network's decoder sees its own chunk alone
+            cache = None
         S = x.shape[1]
         q = self.heads(self.norm_q(self.q(x[:, S - n_query:])))       # (B, n_query, N, Dh)
         k, v = self.keys_values(x)                                    # (B, S, N, Dh) each
@@ -424,14 +436,14 @@ class Attention(nn.Module):
             return y
 
         # PRoPE: a second attention, q^T P_q P_k^-1 k and the values alike. Its keys are not the rotary ones,
-        # so it has separate slots in the cache: layer + self.layers
+        # so it has separate slots in the cache: layer + self.cached
         P, P_inv = prope.unbind(2)                                    # (B, F, 4, 4) each
         F_query = P.shape[1] * n_query // S
         P_query = P[:, -F_query:]
         q_cam = project(q, P_query.mT).to(v.dtype)
         k_cam = project(k, P_inv).to(v.dtype)
         v_cam = project(v, P_inv)
-        z = cached_attention(q_cam, k_cam, v_cam, mask, cache, layer + self.layers)
+        z = cached_attention(q_cam, k_cam, v_cam, mask, cache, layer + self.cached)
         z = self.prope_o(project(z, P_query).flatten(-2))             # (B, n_query, D)
         camera_on = P_query[..., 3:, 3:]                              # (B, F_query, 1, 1): 0 if dropped
         z = z.unflatten(1, (F_query, -1)) * camera_on
@@ -545,6 +557,11 @@ class DiT(nn.Module):
             zero += [self.camera_embedding, self.camera_motion]
         for layer in zero:
             nn.init.zeros_(layer.weight)
+        if cfg.encoder_blocks:                     # the context enters as it is
+            self.context_norm = nn.LayerNorm(D, cfg.eps, elementwise_affine=False)
+            self.context_embedding = nn.Linear(D, D)
+            nn.init.eye_(self.context_embedding.weight)
+            nn.init.zeros_(self.context_embedding.bias)
 
     def embed_camera(self, camera, H, W):
         """The CameraEmbedding of a Camera, or of None, for latents of H x W."""
@@ -576,7 +593,7 @@ class DiT(nn.Module):
         tokens = functional.linear(maps, self.camera_embedding.weight.float())
         return tokens, functional.linear(move, self.camera_motion.weight.float())
 
-    def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None, last=None):
+    def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None, last=None, context=None):
         """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F).
 
         text    (B, text_len, text_dim), zero-padded and, as in Wan, not masked
@@ -584,16 +601,42 @@ class DiT(nn.Module):
         mask    (F, keys) bool; None: every frame sees all
         pos     F positions; by default they continue those in the cache
         last    how many frames to return, the last ones; None: all
+        context split networks: what `encode` made for these frames, or its (past, t_past), to make it first
         """
-        B, F, C, H, W = x.shape
+        F, _, H, W = x.shape[1:]
+        p, first = self.cfg.patch, self.cfg.encoder_blocks
+        last = F if last is None else last
+        if not isinstance(camera, CameraEmbedding):
+            camera = self.embed_camera(camera, H, W)
+        if isinstance(context, tuple):
+            context = self.encode(*context, text, camera, mask, pos, cache)
+        if first and mask is not None:
+            mask = mask & mask.mT                                     # of a causal mask: the own chunk
+        blocks = range(first, self.cfg.num_layers)
+        x, e = self.run_blocks(blocks, x, t, text, camera, mask, pos, cache, last, context)
+        with torch.autocast(x.device.type, enabled=False):            # tokens to velocities
+            x = self.head(x, e[:, F - last:]).float()                 # (B, last, L, p p C)
+        return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=H // p, w=W // p, p=p, q=p)
+
+    def encode(self, past, t_past, text, camera, mask=None, pos=None, cache=None):
+        """Context (B, F, L, D) of F frames that are still to be generated: a split network's first blocks.
+        They read the cameras of these frames and, in the place of each, an earlier one: see `shifted`."""
+        F, _, H, W = past.shape[1:]
+        if not isinstance(camera, CameraEmbedding):
+            camera = self.embed_camera(camera, H, W)
+        blocks = range(self.cfg.encoder_blocks)
+        context, _ = self.run_blocks(blocks, past, t_past, text, camera, mask, pos, cache, F)
+        return self.context_embedding(self.context_norm(context))
+
+    def run_blocks(self, blocks, x, t, text, camera, mask, pos, cache, last, context=None):
+        """(tokens (B, last, L, D) behind these blocks, time embedding (B, F, D)) of frames (B, F, C, H, W).
+        The last block computes only the frames that are asked for."""
+        F, _, H, W = x.shape[1:]
         p, dtype = self.cfg.patch, self.patch_embedding.weight.dtype
         h, w = H // p, W // p
-        last = F if last is None else last
         if pos is None:
             start = 0 if cache is None else cache.gone + cache.end
             pos = range(start, start + F)
-        if not isinstance(camera, CameraEmbedding):
-            camera = self.embed_camera(camera, H, W)
 
         # 1) patches, times and text to width D
         patches = rearrange(x.to(dtype), 'b f c (h p) (w q) -> b f (h w) (c p q)', p=p, q=p)
@@ -604,30 +647,33 @@ class DiT(nn.Module):
             if camera.tokens is not None:
                 x = x + camera.tokens.to(dtype)
                 e = e + camera.time.to(dtype)
+            if context is not None:
+                x = x + context.to(dtype)
             e0 = self.time_projection(e).unflatten(-1, (6, -1))       # (B, F, 6, D)
         text = self.text_embedding(text.to(dtype))                    # (B, text_len, D)
 
         # 2) the blocks
         table = rotary_table(tuple(pos), h, w, self.cfg.dim // self.cfg.num_heads, x.device)
-        x = self.run_blocks(x, e0, text, table, camera.prope, mask, cache, last)
-
-        # 3) tokens to velocities
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.head(x, e[:, F - last:]).float()                 # (B, last, L, p p C)
-        return rearrange(x, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=h, w=w, p=p, q=p)
-
-    def run_blocks(self, x, e0, text, table, prope, mask, cache, last):
-        """x (B, F, L, D) -> (B, last, L, D). The last block computes only the frames that are asked for."""
-        F, L = x.shape[1:3]
+        if cache is not None and blocks[0] == 0:   # a decoder has none
+            mask = cache.prepare(F, mask)
         again = self.checkpoint and torch.is_grad_enabled()
-        if again:                                  # the blocks compute again later, on the cache as it is now
+        if again and cache is not None:            # the blocks compute again later, on the cache as it is now
             cache = copy.copy(cache)
-        for layer, block in enumerate(self.blocks):
-            n = last if layer == len(self.blocks) - 1 else F
-            rows = kernel_mask(mask, n, L, x.device)
-            args = x, e0, text, table, prope, rows, cache, layer, n
+            cache.kv = cache.kv.clone()
+        for layer in blocks:
+            n = last if layer == blocks[-1] else F
+            rows = kernel_mask(mask, n, h * w, x.device)
+            args = x, e0, text, table, camera.prope, rows, cache, layer, n
+            block = self.blocks[layer]
             x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
-        return x
+        return x, e
+
+
+def rebuilt(model, **settings):
+    """The same weights in a network of other settings; what those add is as at the start of training."""
+    new = DiT(replace(model.cfg, **settings)).to(model.head.head.weight)
+    new.load_state_dict(model.state_dict(), strict=False)
+    return new
 
 # -----------------------------------------------------------------------------
 # sampling a whole clip at once, with the bidirectional model
@@ -670,12 +716,16 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
 
     One pass over [history | noisy], with the same positions and cameras twice. The history is batch.x0,
     clean, or already noised to t_history. The last chunk is nobody's history and is left out of it.
+    In a split network the encoder alone sees the history.
     """
     F = x_t.shape[1]
     ids = chunk_ids(F, cfg.chunk, cfg.first_chunk)
     h = int((ids < ids[-1]).sum())                                    # frames of history
     if t_history is None:
         t_history = torch.zeros_like(t)
+    if cfg.encoder_blocks:
+        past = shifted(batch.x0, t_history, cfg.chunk)
+        return net(x_t, t, batch.text, batch.camera, causal_mask(ids), context=past)
     both = [*range(h), *range(F, 2 * F)]                              # the last history chunk is left out
     return net(
         torch.cat([batch.x0[:, :h], x_t], 1),                         # (B, h + F, C, H, W)
@@ -686,6 +736,14 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
         pos=[*range(h), *range(F)],
         last=F,                                                       # velocities of the noisy half only
     )
+
+def shifted(x, t, n):
+    """What a split network's encoder reads for frames x (B, F, C, H, W) at times t (B, F): each frame a chunk
+    later, n places, so that none sees itself. In the first places nothing is known: zeros, at t = 1."""
+    F = x.shape[1]
+    x = functional.pad(x, (0, 0, 0, 0, 0, 0, n, 0))
+    t = functional.pad(t, (n, 0), value=1.0)
+    return x[:, :F], t[:, :F]
 
 # -----------------------------------------------------------------------------
 # rollout: the only chunk-by-chunk loop
@@ -727,6 +785,7 @@ class Walk:
         self.last_pose = None                      # (B, 1, 4, 4): of the newest frame
         self.must_stay = {}                        # what the window holds beside a chunk: {name: frames}
         self.leaving = 0                           # frames, behind the sink, that the next chunk does not see
+        self.context = None                        # split networks: what the encoder has made for this chunk
 
     def begin(self, x, camera):
         """The first chunk: its latents give the size of the cache, its first pose the origin."""
@@ -764,7 +823,7 @@ class Walk:
         if self.guidance != 1:
             x = torch.cat([x, x])
         with torch.set_grad_enabled(grad):
-            v = self.model(x, t, self.text, camera, mask, cache=self.cache, last=last)
+            v = self.model(x, t, self.text, camera, mask, cache=self.cache, last=last, context=self.context)
         if self.guidance == 1:
             return v
         cond, null = v[:self.B], v[self.B:]
@@ -793,7 +852,7 @@ class Walk:
         if self.leaving:
             self.cache.roll(self.leaving, self.sink)
             if self.sink and not self.by_frames:
-                self.cache.move_sink()
+                self.cache.move_sink(self.sink)
         self.leaving = 0
 
     def velocity(self, x, t, camera, grad=False):
@@ -863,12 +922,51 @@ class Walk:
         self.history = [(x, camera)]
         self.origin = camera.c2w[:, 0]
         self.cache.end = 0
-        self.cache.k = self.cache.k.clone()        # checkpointed blocks may still read the old tensors
-        self.cache.v = self.cache.v.clone()
-        x, t = self.noised(x, context)
-        mask = causal_mask(chunk_ids(keep, self.cfg.chunk, self.cfg.first_chunk))
-        self.call(x, t, self.place(camera, None), mask)
-        self.cache.end = keep
+        self.encode_again(*self.noised(x, context), self.place(camera, None))
+
+    def encode_again(self, x, t, camera):
+        """Fill an empty window with these frames."""
+        self.call(x, t, camera, self.mask(x.shape[1]))
+        self.cache.end = x.shape[1]
+
+
+class SplitWalk(Walk):
+    """The walk of a split network. The encoder reads the newest chunk, once, in the place of the next, which
+    also writes its keys and values; the decoder needs no cache. A sink is the places up to the one that shows
+    frame 0."""
+
+    def __init__(self, model, *args):
+        super().__init__(model, *args)
+        self.sink *= 1 + self.cfg.chunk
+
+    def encode(self, n, x, t, camera, placed=None):
+        """The context of the last n frames of x (B, F, C, H, W) at times t. placed: their camera, for a
+        second pass with gradient, in which the cache is only read."""
+        if self.guidance != 1:
+            x = torch.cat([x, x])
+        past, t = shifted(x, t, self.cfg.chunk)
+        args = past[:, -n:], t[:, -n:], self.text
+        options = dict(mask=self.mask(n), cache=self.cache)
+        with torch.no_grad():
+            self.context = self.model.encode(*args, camera, **options)
+        if placed is not None:
+            self.context = self.model.encode(*args, placed, **options)
+
+    def read(self, x, camera, placed=None):
+        n = x.shape[1]
+        t = self.times(x, 0)
+        if self.pending:
+            before, t_before, _ = self.pending
+            self.pending = None
+            x, t = torch.cat([before, x], 1), torch.cat([t_before, t], 1)
+            self.cache.end += before.shape[1]
+        self.encode(n, x, t, camera, placed)
+
+    def encode_again(self, x, t, camera):
+        self.encode(x.shape[1], x, t, camera)
+        n = self.cfg.chunk
+        self.pending = x[:, -n:], t[:, -n:], None
+        self.cache.end = x.shape[1] - n
 
 
 def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, window=64, renoise=False,
@@ -893,7 +991,8 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
     jump         (B,) bool, with a sink: walks whose second frame is elsewhere than their first one
     null_text    the empty prompt, see empty_prompt
     """
-    walk = Walk(model, text, noise, window, guidance, over, jump, null_text)
+    kind = SplitWalk if model.cfg.encoder_blocks else Walk
+    walk = kind(model, text, noise, window, guidance, over, jump, null_text)
     for camera in cameras:
         n = camera.K.shape[1]
         walk.make_room(n)
@@ -906,14 +1005,18 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
         with torch.no_grad():
             embedded = model.embed_camera(placed, *x.shape[-2:])
 
+        training = exit_step is not None and torch.is_grad_enabled() and not given
+        # the calls with gradient embed the camera again, so that these weights learn too
+        if model.cfg.encoder_blocks:
+            walk.read(x, embedded, placed if training else None)
+
         # denoise, unless the chunk is given
         plan = first_times if opening and first_times is not None else times
         calls = len(plan) - 1 if exit_step is None else exit_step + 1
         for i in range(0 if given else calls):
             t, t_next = plan[i:i + 2].tolist()
             last = i == calls - 1
-            grad = last and exit_step is not None and torch.is_grad_enabled()
-            # the call with gradient embeds the camera again, so that these weights learn too
+            grad = last and training
             v = walk.velocity(x, t, placed if grad else embedded, grad)
             if not renoise and not (last and exit_step is not None):  # Euler
                 x = x + (t_next - t) * v

@@ -13,7 +13,6 @@ the first chunk is one frame, so the model starts from a picture; 3) text and ca
 4) no weight over t; 5) the history is slightly noised, and with --drift it is the model's own; 6) Muon and an
 EMA; 7) gradient accumulation is real.
 """
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -22,11 +21,11 @@ from tqdm import tqdm
 
 from camera import BadInput
 from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, fixed_settings,
-                    gate, learning_rate, load_model, load_resume, make_optimizers, save_model, save_resume,
-                    score, setup, shard, sync_gradients, update_ema)
+                    learning_rate, load_model, load_resume, make_optimizers, save_resume, save_stage, score,
+                    setup, shard, sync_gradients, take_step, update_ema)
 from data import Clips, batches, get_batch, noise_for, open_clips, path_metrics, write_strip
-from model import (PRESETS, DiT, add_noise, chunk_ids, empty_prompt, rollout_clip, schedule, shift_time,
-                   teacher_forced)
+from model import (PRESETS, DiT, add_noise, chunk_ids, empty_prompt, rebuilt, rollout_clip, schedule,
+                   shift_time, teacher_forced)
 
 
 @dataclass
@@ -35,6 +34,7 @@ class Config:
     preset: str = 'nano'          # model size, when there is no checkpoint to start from
     init: str = 'out/camera.safetensors'
     chunk: int = 0                # frames denoised together, after a first one alone; 0: as the model is
+    encoder_blocks: int = 0       # so many blocks run once a chunk, the rest at each step; 0: as the model is
     sink: bool = False            # learn to keep a walk's first frame (clips longer than --frames)
     data: str = 'data/lowpoly'    # folder of clips
     out: str = 'out'              # folder for checkpoints, log and strip
@@ -141,6 +141,11 @@ def start_model(cfg, run):
             raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
         run.say(f'start from scratch: there is no {cfg.init}')
         model = DiT(replace(PRESETS[cfg.preset])).to(run.device)
+    if cfg.encoder_blocks:                     # a split network: the first blocks become its encoder
+        if cfg.encoder_blocks >= model.cfg.num_layers:
+            raise BadInput(f'--encoder_blocks {cfg.encoder_blocks}: the model has {model.cfg.num_layers} '
+                           'blocks: leave some to the decoder')
+        model = rebuilt(model, encoder_blocks=cfg.encoder_blocks, eviction='chunks')
     if cfg.chunk:
         model.cfg.chunk = cfg.chunk
         model.cfg.first_chunk = 1
@@ -172,16 +177,13 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
     path = f'{cfg.out}/{stage}'
     model = getattr(net, 'module', net)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon, (cfg.beta1, cfg.beta2), run.dtype)
+    resume = f'{path}.resume.safetensors', model, ema, optimizers
     settings = fixed_settings(cfg, clips)
-    start = load_resume(f'{path}.resume.safetensors', model, ema, optimizers, settings, run)
+    start = load_resume(*resume, settings, run)
     describe(stage, model, cfg, run, clips)
     log = Log(f'{path}.jsonl', run, start, again=cfg.steps)
     meter = Meter(run)
-
-    # this process takes its slice of every batch
-    slices = [(run.rank * cfg.accum + i) * run.micro for i in range(cfg.accum)]
-    starts = [step * cfg.batch + offset for step in range(start, cfg.steps) for offset in slices]
-    samples = batches(starts, clips, run.micro, cfg.frames, model.cfg, cfg.seed, run.device)
+    samples = batches(start, clips, cfg, model.cfg, run)
 
     for step in tqdm(range(start, cfg.steps), stage, cfg.steps, initial=start, disable=run.rank > 0):
         began = time.time()
@@ -194,34 +196,20 @@ def train(cfg, stage, run, net, ema, objective, clips, held_out):
             (loss / cfg.accum).backward()
             meter.add(loss / cfg.accum, error, t)
         norm = clip_gradients(model.parameters(), cfg.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        take_step(optimizers, lr)
         update_ema(ema, model, cfg.ema, step)
         meter.end_step(began)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            loss, levels, ms = meter.read()
-            speed = cfg.batch * cfg.frames / ms * 1e3                      # frames a second
-            by_t = ' '.join(f'{x:.3f}' for x in levels)
-            log.write(f'{stage} {done:6d} | loss {loss:.4f} | by t {by_t} | norm {norm:6.3f} | lr {lr:.1e} | '
-                      f'{ms:6.0f} ms | {speed:6.0f} frames/s', step=done, loss=loss, levels=levels, norm=norm,
-                      lr=lr, ms=ms, frames_s=speed, batch=cfg.batch)
+            meter.write(log, cfg, stage, done, norm, lr)
         if done % cfg.eval_every == 0 and done < cfg.steps:
             score(evaluate, cfg, stage, run, model, ema, held_out, log, done)
         if done % cfg.save_every == 0 or done == cfg.steps:
-            save_resume(f'{path}.resume.safetensors', model, ema, optimizers, done, settings)
+            save_resume(*resume, done, settings)
 
     state, metrics = score(evaluate, cfg, stage, run, model, ema, held_out, log, cfg.steps)
-    if run.rank == 0:
-        save_model(f'{path}.safetensors', state, model.cfg, stage=stage, step=cfg.steps, seed=cfg.seed,
-                   metrics=metrics, frames=cfg.frames, context=getattr(cfg, 'context', 0.0),
-                   data=held_out.manifest, command=' '.join(sys.argv))
-        print(f'{path}.safetensors, {path}.png')
-        print(gate(stage, cfg.preset, metrics, held_out.manifest['recipe']))
+    save_stage(cfg, stage, run, state, model.cfg, metrics, held_out)
     run.end()
 
 

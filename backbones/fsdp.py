@@ -2,7 +2,7 @@
 FSDP2, for models whose weights, gradients and optimizer state do not fit one GPU: `--shard fsdp`.
 """
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 
 
 def split_over_processes(model, offload=False):
@@ -13,4 +13,6 @@ def split_over_processes(model, offload=False):
         policy['offload_policy'] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in model.blocks:
         fully_shard(block, **policy)
-    return fully_shard(model, **policy)
+    model = fully_shard(model, **policy)
+    register_fsdp_forward_method(model, 'encode')      # of a split network: what a rollout calls first
+    return model

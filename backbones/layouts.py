@@ -33,7 +33,7 @@ import sys
 import textwrap
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -384,6 +384,8 @@ def flops(cfg, frames, L, keys):
 def forced_flops(cfg, F, L):
     """The same for `teacher_forced`: F noisy frames conditioned on h frames of history, in one pass. Of the
     history, the last block computes only keys and values."""
+    if cfg.encoder_blocks:
+        return split_flops(cfg, F, L, (F + cfg.chunk) / 2, steps=1)
     D = cfg.dim
     h = F - cfg.chunk
     pairs = h * (h + cfg.chunk) + F * (F + cfg.chunk)              # twice the pairs of frames that attend
@@ -392,6 +394,22 @@ def forced_flops(cfg, F, L):
     scores = ((h + cfg.chunk) * L + 2 * cfg.text_len) * D
     left_out = h * L * (linear + scores)
     return flops(cfg, h + F, L, keys) - 2 * left_out
+
+def split_flops(cfg, frames, L, keys, steps):
+    """The same for a split network: its encoder, which attends to `keys` frames each, then so many steps of
+    its decoder, which sees its own chunk."""
+    E = cfg.encoder_blocks
+    encoder = flops(replace(cfg, num_layers=E), frames, L, keys)
+    encoder += 2 * frames * L * cfg.dim ** 2                       # the context's own matrix
+    encoder -= 2 * frames * L * cfg.dim * cfg.patch ** 2 * cfg.out_dim        # it has no head
+    return encoder + steps * flops(replace(cfg, num_layers=cfg.num_layers - E), frames, L, cfg.chunk)
+
+
+def chunk_flops(cfg, steps, L, keys):
+    """The same for a streamed chunk. A dense network runs once more than its steps, for the cache."""
+    if cfg.encoder_blocks:
+        return split_flops(cfg, cfg.chunk, L, keys, steps)
+    return (steps + 1) * flops(cfg, cfg.chunk, L, keys)
 
 # -----------------------------------------------------------------------------
 # the command
@@ -408,17 +426,18 @@ def print_cost(cfg, parameters, args):
     """Arithmetic and memory of training on clips and of streaming, at the sizes of the command line."""
     L = args.height * args.width // 64 // cfg.patch ** 2
     attentions = 2 if 'prope' in cfg.camera else 1
-    chunk = flops(cfg, cfg.chunk, L, .75 * args.window)            # the window is between half full and full
+    chunk = chunk_flops(cfg, args.steps, L, .75 * args.window)     # the window is between half full and full
     full = flops(cfg, args.frames, L, args.frames)
     forced = forced_flops(cfg, args.frames, L)
-    cache = 4 * cfg.num_layers * attentions * args.window * L * cfg.dim
+    layers = cfg.encoder_blocks or cfg.num_layers
+    cache = 4 * layers * attentions * args.window * L * cfg.dim
     tokens = 8 * args.frames * L * cfg.dim * cfg.num_layers        # in float32, each with its gradient
     print(f'{args.height} x {args.width} pixels, {L} tokens a frame, clips of {args.frames} frames, '
           f'a window of {args.window}, batch 1, computed:')
     work = {
         'bidirectional step': 3 * full,                            # the backward pass costs two forward ones
         'teacher-forced step': 3 * forced,
-        f'a streamed chunk in {args.steps} steps': (args.steps + 1) * chunk,
+        f'a streamed chunk in {args.steps} steps': chunk,
     }
     memory = {
         'weights, gradient, Adam, EMA: fp32': 20 * parameters,

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from einops import reduce, repeat
 
 try:
     from matplotlib import pyplot
@@ -30,6 +31,7 @@ except ImportError:
 
 import data
 import finetune_camera
+import model as network
 from camera import make_pose, pose_error
 from common import load_tensors, save_tensors
 from experiments.score import locate
@@ -59,6 +61,7 @@ EXPERIMENTS = {                       # name: (what is varied, {value: what it c
         'prope': curve(camera='prope'),
         'plucker+prope': curve(camera='plucker+prope'),
         'none': curve(drop_camera=1.),
+        'prope, pooled': curve(camera='prope', pooled=True),
     }),
     'steps': ('steps', {n: dict(steps=n) for n in (100, 200, 400, 800, 1600)}),
     'batch': ('batch', {
@@ -127,6 +130,25 @@ def scaled_latents(old, new):
     return change
 
 # -----------------------------------------------------------------------------
+# a cheaper PRoPE
+
+def pool_prope(frames=9):
+    """From now on PRoPE's attention reads means of 2 x 2 tokens, a quarter of the queries and of the keys (as
+    E-PRoPE in DreamX-World)."""
+    attend = network.cached_attention
+
+    def attend_pooled(q, k, v, mask, cache, slot):
+        if slot < network.PRESETS['nano'].num_layers:                # the first attention
+            return attend(q, k, v, mask, cache, slot)
+        side = math.isqrt(q.shape[1] // frames)                    # tokens of a frame: side x side
+        cells = dict(f=frames, h=side // 2, i=2, w=side // 2, j=2)
+        q, k, v = (reduce(x, 'b (f h i w j) n d -> b (f h w) n d', 'mean', **cells) for x in (q, k, v))
+        y = attend(q, k, v, mask, cache, slot)
+        return repeat(y, 'b (f h w) n d -> b (f h i w j) n d', **cells)
+
+    network.cached_attention = attend_pooled
+
+# -----------------------------------------------------------------------------
 # an evaluation that also finds poses
 
 def find_poses(manifest, pictures, frames):
@@ -166,11 +188,13 @@ def with_poses(evaluate, frames):
 # -----------------------------------------------------------------------------
 # runs
 
-def train_one(out, seed, gamma=data.GAMMA, shift=None, poses=None, poses_of=None, **changed):
+def train_one(out, seed, gamma=data.GAMMA, shift=None, poses=None, poses_of=None, pooled=False, **changed):
     """One run, in this process, whose modules it changes. gamma: of the codec's scale; shift: of the
-    schedule; poses: (degrees, metres) of their noise; poses_of: frames whose poses are found; the rest:
-    stage 0's flags."""
+    schedule; poses: (degrees, metres) of their noise; poses_of: frames whose poses are found; pooled: see
+    pool_prope; the rest: stage 0's flags."""
     folder = DATA
+    if pooled:
+        pool_prope()
     if gamma != data.GAMMA:
         folder = f'{OUT}/clips-gamma-{gamma}'
         old = data.SCALE

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
-from backbones.layouts import flops
+from backbones.layouts import chunk_flops
 from camera import BadInput, Camera, apply_keys, make_pose
 from common import check_folder, command_line, write_json
 from data import noise_for
@@ -114,10 +114,10 @@ def bench(model, cfg, header, codec, device):
         chunk = frame // m.chunk
         return float(np.median(latency[max(1, chunk - 40):chunk + 40]))
 
-    # a chunk passes through the network at every step and once more, clean: with the next chunk's first step
-    passes = (cfg.steps + 1) * (1 if cfg.guidance == 1 else 2)
     tokens = H * W // 64 // m.patch ** 2
-    flop = passes / m.chunk * flops(m, m.chunk, tokens, .75 * options['window'])
+    flop = chunk_flops(m, cfg.steps, tokens, .75 * options['window']) / m.chunk
+    if cfg.guidance != 1:                                          # two branches
+        flop *= 2
     dtype = next(model.parameters()).dtype
     return dict(
         fps=1 / per_frame,

@@ -2,8 +2,9 @@
 Does one GPU reach what experiments/h100.py computes? Wan2.1's 1.3 B network with random weights, 20 latents
 of 480 x 832 in chunks of 4: a streamed chunk, a teacher-forced training step, an update of stage 3.
 
-    python -m experiments.bench_cuda             # or some of: stream forced dmd
+    python -m experiments.bench_cuda             # or some of: stream split forced dmd
 
+split: streamed chunks of networks of experiments/split_arithmetic.py, dense and split, in 4, 2 and 1 steps.
 Prints a row for each: seconds of the fastest of some steps, arithmetic a second, and memory at its peak
 beside what is computed. Needs 80 GB of GPU memory; some minutes.
 """
@@ -20,7 +21,9 @@ from backbones.layouts import flops, forced_flops
 from camera import Camera
 from data import Batch, Draws
 from experiments.h100 import CHUNK, FRAMES, GIB, HEIGHT, TOKENS, WIDTH
+from experiments.split_arithmetic import DECODER, ENCODER, STEPS, work
 from model import PRESETS, DiT, rollout, schedule
+from papers.scd import concatenate
 
 PEAK = 989e12                         # floating-point operations a second of an H100 in bfloat16
 LAYERS = PRESETS['wan-1.3b'].num_layers
@@ -28,9 +31,10 @@ DIM = PRESETS['wan-1.3b'].dim
 DEVICE = torch.device('cuda')
 
 
-def network(layers, dtype=torch.float32):
+def network(layers, dtype=torch.float32, encoder_blocks=0, camera='prope'):
     """The network with so many of its layers, random weights, activation checkpointing on."""
-    cfg = replace(PRESETS['wan-1.3b'], num_layers=layers, first_chunk=CHUNK, camera='prope')
+    cfg = replace(PRESETS['wan-1.3b'], num_layers=layers, first_chunk=CHUNK, camera=camera,
+                  encoder_blocks=encoder_blocks, sink=False)
     torch.set_default_dtype(dtype)
     with DEVICE:
         model = DiT(cfg)
@@ -127,9 +131,8 @@ def dmd(layers=18):
 
 
 @torch.inference_mode()
-def stream(steps=4):
-    """Chunks of a rollout in bfloat16, until its window is full and beyond."""
-    model = network(LAYERS, torch.bfloat16)
+def stream_chunks(model, name, computed, steps, times=12):
+    """Chunks of a rollout in bfloat16, until its window is full and beyond. computed: operations a chunk."""
     parameters = size(model)
     batch = random_batch()
     camera = batch.camera.frames(slice(0, CHUNK))
@@ -138,19 +141,39 @@ def stream(steps=4):
         return torch.randn(1, n, 16, HEIGHT // 8, WIDTH // 8, device=DEVICE)
 
     cameras = itertools.repeat(camera)
-    times = schedule(steps, 5.)
-    chunks = rollout(model, cameras, batch.text, times, noise, window=FRAMES, renoise=True)
-    computed = (steps + 1) * flops(model.cfg, CHUNK, TOKENS, FRAMES)
-    cache = 8 * LAYERS * FRAMES * TOKENS * DIM                     # keys and values of both attentions
+    chunks = rollout(model, cameras, batch.text, schedule(steps, 5.), noise, window=FRAMES, renoise=True)
+    layers = model.cfg.encoder_blocks or model.cfg.num_layers
+    attentions = 2 if 'prope' in model.cfg.camera else 1
+    cache = 4 * attentions * layers * FRAMES * TOKENS * DIM        # keys and values
     state = 2 * parameters + cache
-    name = f'a streamed chunk of {CHUNK} latents, {steps} steps, bf16'
-    took = measure(name, computed, state, lambda: next(chunks), parameters, times=12)
+    name = f'{name}, a streamed chunk of {CHUNK} latents, {steps} steps, bf16'
+    took = measure(name, computed, state, lambda: next(chunks), parameters, times=times)
     full = sorted(took[6:])                                        # the window is full
     median = full[len(full) // 2]
-    print(f'\nFull window: {median:.2f} s a chunk, {4 * CHUNK / median:.1f} pictures a second.')
+    print(f'\nFull window: {median:.2f} s a chunk, {4 * CHUNK / median:.1f} pictures a second.\n')
 
 
-PARTS = {'stream': stream, 'forced': forced, 'dmd': dmd}
+def stream():
+    model = network(LAYERS, torch.bfloat16)
+    stream_chunks(model, 'dense', work('prope', 'dense', 4), 4)
+
+
+def split():
+    """Dense and split networks, with PRoPE and with Plücker maps."""
+    for camera in ('prope', 'plucker'):
+        for kind in ('dense', 'concatenated', 'added'):
+            if kind == 'dense':
+                model = network(LAYERS, torch.bfloat16, camera=camera)
+            else:
+                model = network(ENCODER + DECODER, torch.bfloat16, ENCODER, camera)
+            if kind == 'concatenated':
+                concatenate(model)
+            for steps in STEPS:
+                computed = work(camera, kind, steps)
+                stream_chunks(model, f'{camera}, {kind}', computed, steps, times=10)
+
+
+PARTS = {'stream': stream, 'split': split, 'forced': forced, 'dmd': dmd}
 
 if __name__ == '__main__':
     print(torch.cuda.get_device_name(), torch.__version__)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from camera import BadInput, Camera, intrinsics, keys_to_poses, moves, relative
-from model import KVCache, chunk_ids, rollout, rollout_clip, rotary_table, schedule, teacher_forcing_mask
+from model import (KVCache, ModelConfig, attention, chunk_ids, rollout, rollout_clip, rotary_table, schedule,
+                   teacher_forcing_mask)
 from test_model import tiny_model
 
 
@@ -143,6 +144,9 @@ class PlainCache:
         self.sink, self.window, self.L = model.cfg.sink, window, L
         self.frames = [[] for _ in range(2 * model.cfg.num_layers)]             # PRoPE's behind the rotary ones
         self.text = [None] * model.cfg.num_layers
+
+    def prepare(self, n, mask):
+        return mask
 
     def update(self, slot, k, v):
         frames = self.frames[slot]
@@ -367,3 +371,32 @@ def test_cameras_are_asked_for_only_when_due():
     for i in range(4):
         next(chunks)
         assert asked == list(range(i + 1)) and torch.is_grad_enabled()
+
+
+@torch.no_grad()
+def test_ten_thousand_frames_in_a_ring_equal_a_list():
+    """Nothing in the cache is moved: after 10,000 frames, some cached on their own, each pass still reads what a plain
+    list of frames holds, under the same mask."""
+    cfg, window, g = ModelConfig(dim=8, num_heads=1, num_layers=1), 7, torch.Generator().manual_seed(0)
+    cache, frames, moved = KVCache(cfg, 1, window, 2, 'cpu'), [], 0
+    storage = cache.kv.data_ptr()
+    new = lambda n: torch.randn(1, 2 * n, 1, 8, generator=g)
+    for i in range(10_000):
+        excess = len(frames) + 2 - window
+        if excess > 0:
+            cache.roll(excess, sink=1)
+            del frames[1:1 + excess]
+        for alone in [True, False] if i % 97 == 0 else [False]:           # the newest frame, then it with the next
+            n = 1 if alone else 2
+            mask = torch.ones(n, len(frames) + n, dtype=torch.bool)
+            mask[0, len(frames) + 1:] = False                             # it does not see the next
+            k, v, q = new(n), new(n), new(n)
+            permuted = cache.prepare(n, mask)
+            moved += storage != cache.kv.data_ptr()
+            storage = cache.kv.data_ptr()
+            got = attention(q, *cache.update(0, k, v), permuted)
+            keys, values = (torch.cat([*(f[j] for f in frames), x], 1) for j, x in enumerate((k, v)))
+            torch.testing.assert_close(got, attention(q, keys, values, mask), rtol=0, atol=1e-6)
+        frames.append((k[:, :2], v[:, :2]))
+        cache.end += 1
+    assert cache.end + cache.gone == 10_000 and moved <= 10_000 // 97 + 1

@@ -4,18 +4,21 @@ import json
 import os
 import types
 import zlib
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
 import torch
 
 from camera import BadInput, intrinsics, keys_to_poses, make_pose, random_path, starts_elsewhere
+from common import Run
 from data import (ARENA, CHANNELS, FOV, WORLDS, Clips, Config, Draws, Lowpoly, batches, decode, embed_text, encode,
                   find_world, free, get_batch, lapped_dct, lowpoly_clips, make, make_palette, make_plan, noise_for,
                   open_clips, psnr, to_device)
 from model import ModelConfig
 
 CFG = ModelConfig(text_dim=8, text_len=4)
+CPU = torch.device('cpu')
 
 
 def test_floor_and_walls_are_where_geometry_puts_them():
@@ -139,9 +142,15 @@ def test_batches_are_slices_of_one_stream(data):
     with pytest.raises(BadInput, match='frames'):
         get_batch(clips, 0, 1, 99, CFG)
     with pytest.raises(BadInput, match='frames'):
-        next(batches([0], clips, 1, 99, CFG, 0, torch.device('cpu')))
-    for start, batch in zip((8, 10), batches((8, 10), clips, 2, 3, CFG, 1, torch.device('cpu'))):
-        assert torch.equal(batch.eps, whole.eps[start - 8:start - 6])
+        next(batches(0, clips, Namespace(steps=1, batch=1, accum=1, frames=99, seed=0), CFG, Run(0, 1, CPU, None, 1)))
+    cfg = Namespace(steps=3, batch=4, accum=1, frames=3, seed=1)          # two processes of two samples, from step 2
+    for rank in (0, 1):
+        (batch,) = batches(2, clips, cfg, CFG, Run(rank, 2, CPU, None, 2))
+        assert torch.equal(batch.eps, whole.eps[2 * rank:2 * rank + 2])
+    cfg = Namespace(steps=3, batch=4, accum=4, frames=3, seed=1)          # one of four micro-batches
+    for i, batch in enumerate(batches(2, clips, cfg, CFG, Run(0, 1, CPU, None, 1))):
+        assert torch.equal(batch.eps, whole.eps[i:i + 1])
+    assert i == 3
     assert get_batch(clips, 0, 2, 2, CFG, whole=True).x0.shape[1] == 5
 
 

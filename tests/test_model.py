@@ -265,7 +265,7 @@ def test_cache_refuses_to_overflow():
     cache = KVCache(TINY, 1, 2, 4, 'cpu')
     cache.end = 2
     with pytest.raises(BadInput, match='a window of 2 frames is too small: use at least 3'):
-        cache.update(0, torch.zeros(1, 4, 2, 24), torch.zeros(1, 4, 2, 24))
+        cache.prepare(1, None)
 
 
 @pytest.mark.parametrize('preset', ['nano', 'small'])

@@ -47,7 +47,7 @@ def generate(model, b):
 def live(model, b):
     server = stream.Live(stream.Config(fps=8, **OVER_TEXT), torch.device('cpu'), torch.float32)
     server.model, server.codec, server.header = model, Codec(b), {'stage': 'ar', 'frames': F}
-    server.asked = {'steps': 1, 'prompt': 'a room'}
+    server.asked = {'ckpt': 'dmd', 'steps': 1, 'prompt': 'a room'}
     server.latents, server.frame = None, 0
     server.cameras = lambda path: [Camera(b.camera.c2w[:1, :1], b.camera.K[:1, :1])]
     with pytest.raises(IndexError):                           # it looks for the keys of this frame: there are none

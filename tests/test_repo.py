@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 # tokens a file: what one can read in an evening
-MOST_TOKENS = {'model.py': 7870, 'common.py': 4275, 'camera.py': 2100, 'data.py': 6490, 'stream.py': 6060}
+MOST_TOKENS = {'model.py': 8850, 'common.py': 4850, 'camera.py': 2080, 'data.py': 6670, 'stream.py': 6125}
 STAGES = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py', 'distill_dmd.py']
 FOLDERS = ['worlds', 'backbones', 'papers', 'experiments']
 TOP = [os.path.basename(path) for path in sorted(glob.glob(f'{ROOT}/*.py'))]
@@ -55,8 +55,8 @@ def test_one_can_read_it_in_an_evening():
     sizes = {name: size(name) for name in TOP}
     assert set(TOP) == set(MOST_TOKENS) | set(STAGES)
     assert not {name: n for name, n in sizes.items() if n > MOST_TOKENS.get(name, n)}, sizes
-    assert sum(sizes[name] for name in STAGES) <= 12110, sizes
-    assert sum(sizes.values()) <= 38850, sizes
+    assert sum(sizes[name] for name in STAGES) <= 11440, sizes
+    assert sum(sizes.values()) <= 40000, sizes
 
 
 def test_tests_fit_120_columns():
@@ -89,7 +89,7 @@ def test_training_is_the_same_word_for_word():
     """Stage 3 trains two networks and has a loop that differs."""
     title = '# same in every stage: train\n'
     loops = {read(script).split(title)[1].split("if __name__ == '__main__'")[0] for script in STAGES[:3]}
-    assert len(loops) == 1 and len(loops.pop().splitlines()) > 50
+    assert len(loops) == 1 and len(loops.pop().splitlines()) > 35
 
 
 def test_every_command_of_the_documents_parses():

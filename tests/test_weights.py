@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from backbones.layouts import find_config, flops, save_wan
+from backbones.layouts import chunk_flops, find_config, flops, save_wan
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from common import load_model, save_model, save_tensors
 from conftest import ROOT, run
-from finetune_camera import add_camera
-from model import PRESETS, DiT, ModelConfig
+from model import PRESETS, DiT, ModelConfig, rebuilt
 from stream import Config, Live
 from test_model import tiny_model
 
@@ -194,7 +193,7 @@ def test_dtype_and_a_camera_that_starts_at_zero(model, tmp_path):
     save_wan(str(tmp_path), model)
     assert {p.dtype for p in load_model(str(tmp_path), dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
     for camera in ('plucker', 'prope', 'plucker+prope'):
-        more = add_camera(load_model(str(tmp_path))[0], camera)
+        more = rebuilt(load_model(str(tmp_path))[0], camera=camera)
         new = set(more.state_dict()) - set(model.state_dict())
         assert more.cfg.camera == camera and new and all((more.state_dict()[k] == 0).all() for k in new)
         assert all(torch.equal(more.state_dict()[k], v) for k, v in model.state_dict().items())
@@ -441,3 +440,9 @@ def test_the_predicted_arithmetic_is_torchs_own_count(camera):
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):                         # whose products are counted
         model(x, t, text, cameras)
     assert flops(cfg, 5, 16, 5) == pytest.approx(counter.get_total_flops(), rel=.02)
+    split = rebuilt(model, num_layers=4, encoder_blocks=3, chunk=5, first_chunk=5)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        context = split.encode(x, t, text, cameras)
+        for _ in range(2):
+            split(x, t, text, cameras, context=context)
+    assert chunk_flops(split.cfg, 2, 16, 5) == pytest.approx(counter.get_total_flops(), rel=.02)

@@ -1,0 +1,67 @@
+"""The papers' ideas against plain versions of themselves."""
+import torch
+from einops import rearrange
+
+from camera import Camera, relative
+from model import causal_mask, chunk_ids, rotary_table, shifted, sinusoid
+from papers.scd import KINDS, begin_with_both_ends, concatenate, noise_context
+from test_cache import scene
+from test_split import split_model
+
+
+def test_the_concatenating_decoder_reads_context_and_frame_side_by_side():
+    """SCD: each chunk on its own, twice the tokens at the same places and times; the frame's half is kept."""
+    for chunk, camera in ((1, 'plucker'), (2, 'prope')):
+        model, F = split_model(chunk=chunk, camera=camera), 5
+        own = chunk_ids(F, chunk)
+        c2w, K, text, noise = scene(F, 4, 4)
+        cam = Camera(relative(c2w), K)
+        x, t, past = noise(F), torch.rand(2, F), shifted(noise(F), torch.rand(2, F), chunk)
+        embedded = model.embed_camera(cam, 4, 4)
+        with torch.no_grad():
+            tokens, _ = model.run_blocks(range(2), *past, text, embedded, causal_mask(own), None, None, F)
+            context = model.context_norm(tokens)
+            want = torch.zeros_like(x)
+            for i in range(int(own.max()) + 1):
+                here = (own == i).nonzero().flatten()
+                part = Camera(cam.c2w[:, here], cam.K[:, here], move=cam.move[:, here])
+                c = model.embed_camera(part, 4, 4)
+                n = len(here)
+                patches = rearrange(x[:, here], 'b f c (h p) (w q) -> b f (h w) (c p q)', p=2, q=2)
+                y = patches @ model.patch_embedding.weight.flatten(1).T + model.patch_embedding.bias
+                e = model.time_embedding(sinusoid(t[:, here], 256))
+                if c.tokens is not None:
+                    y, e = y + c.tokens, e + c.time
+                e0 = model.time_projection(e).unflatten(-1, (6, -1))
+                y = torch.cat([context[:, here], y + model.context_embedding.bias], 1)
+                table = rotary_table(tuple(here.tolist()) * 2, 2, 2, 24, 'cpu')
+                prope = None if c.prope is None else torch.cat([c.prope] * 2, 1)
+                words = model.text_embedding(text)
+                for layer in (2, 3):
+                    y = model.blocks[layer](y, torch.cat([e0, e0], 1), words, table, prope, None, None, layer, 2 * n)
+                out = model.head(y[:, n:], e)
+                want[:, here] = rearrange(out, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=2, p=2, q=2)
+            concatenate(model)
+            got = model(x, t, text, cam, causal_mask(own), context=past)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_noise_on_the_context_is_for_training_only():
+    model = split_model()
+    x, t, text = torch.randn(1, 3, 16, 4, 4), torch.rand(1, 3), torch.randn(1, 4, 8)
+    clean = model.encode(x, t, text, None)
+    noise_context(model, .05)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(x, t, text, None), clean)
+    noisy = model.encode(x, t, text, None)
+    error = torch.linalg.solve(model.context_embedding.weight, (noisy - clean).detach().mT)
+    assert abs(error.std().item() - .05) < .005
+
+
+def test_a_decoder_that_begins_with_both_ends():
+    model = split_model()
+    first, last = (dict(model.blocks[i].state_dict()) for i in (0, 3))
+    begin_with_both_ends(model)
+    for got, want in ((model.blocks[2], first), (model.blocks[3], last)):
+        assert all(torch.equal(x, want[name]) for name, x in got.state_dict().items())
+    assert set(KINDS) >= {'dense', '4+2', '4+2 concat'}
