@@ -46,8 +46,8 @@ FRAME = 7                             # whose denoising is watched
 
 @torch.inference_mode()
 def observe(path, clips=16):
-    """(cosine, share): cosine (blocks, steps) of each block's features to those of its first step, and the
-    share (blocks, steps) of its attention that falls on the frames before."""
+    """Three (blocks, steps): the cosine of each block's features to those of its first step; the same without
+    what all tokens have in common; and the share of its attention that falls on the frames before."""
     model, header = load_model(path)
     model.eval()
     blocks = model.cfg.num_layers
@@ -79,11 +79,16 @@ def observe(path, clips=16):
     with mock.patch('model.attention', attend):
         rollout_clip(model, c2w, K, codec.embed(captions, model.cfg), times, noise, first,
                      window=header['frames'], context=header['context'])
-    cosine = [[torch.cosine_similarity(x, kept[0], -1).mean() for x in kept] for kept in features]
-    return torch.tensor(cosine), torch.tensor(shares).view(STEPS, blocks).T
+
+    def to_first(centre):
+        rows = [[centre(x) for x in kept] for kept in features]
+        return torch.tensor([[torch.cosine_similarity(x, row[0], -1).mean() for x in row] for row in rows])
+
+    share = torch.tensor(shares).view(STEPS, blocks).T
+    return to_first(lambda x: x), to_first(lambda x: x - x.mean((0, 1))), share
 
 
-def draw(cosine, share, times, path):
+def draw(cosine, centred, share, times, path):
     """Both observations as one picture."""
     try:
         from matplotlib import pyplot
@@ -91,15 +96,16 @@ def draw(cosine, share, times, path):
         return print('no picture: pip install matplotlib')
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     colours = pyplot.cm.viridis(torch.linspace(0, .9, len(cosine)))
-    for i, (line, colour) in enumerate(zip(cosine, colours)):
-        left.plot(times, line, color=colour, label=f'block {i + 1}')
+    for i, colour in enumerate(colours):
+        left.plot(times, centred[i], color=colour, label=f'block {i + 1}')
+        left.plot(times, cosine[i], color=colour, linestyle=':')
     left.invert_xaxis()
     left.set(xlabel='time t (1 noise, 0 clean)', ylabel='cosine to the first step', ylim=(0, 1.02))
-    left.set_title('what a block says at each step', fontsize=10)
+    left.set_title('what a block says at each step (dotted: with the mean of all tokens)', fontsize=9)
     left.legend(fontsize=7)
     right.bar(range(1, len(share) + 1), share.mean(1), color=colours)
     right.set(xlabel='block', ylabel='share of attention on frames before', ylim=(0, 1))
-    right.set_title('how much it looks back', fontsize=10)
+    right.set_title('how much it looks back', fontsize=9)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=110)
     return None
@@ -107,14 +113,17 @@ def draw(cosine, share, times, path):
 
 def probe():
     path = 'checkpoints/ar.safetensors'
-    cosine, share = observe(path)
+    cosine, centred, share = observe(path)
     print(f'{path}, frame {FRAME}, {STEPS} Euler steps, 16 paths\n')
-    print('| block | cosine to the first step: half way | last | attention on frames before |')
-    print('|---' * 4 + '|')
-    for i, (line, looks) in enumerate(zip(cosine, share)):
-        print(f'| {i + 1} | {line[STEPS // 2]:.2f} | {line[-1]:.2f} | {looks.mean():.2f} |')
     model, _ = load_model(path)
-    draw(cosine, share, schedule(STEPS, model.cfg.shift)[:-1], 'assets/papers/scd.png')
+    times = schedule(STEPS, model.cfg.shift)[:-1]
+    print('| block | cosine to the first step at t .5 | last step | centred, at t .5 | last step '
+          '| attention on frames before |\n' + '|---' * 6 + '|')
+    middle = int((times - .5).abs().argmin())
+    for i, looks in enumerate(share):
+        cells = [line[i, step] for line in (cosine, centred) for step in (middle, -1)]
+        print(f'| {i + 1} | ' + ' | '.join(f'{x:.2f}' for x in [*cells, looks.mean()]) + ' |')
+    draw(cosine, centred, share, times, 'assets/papers/scd.png')
 
 # -----------------------------------------------------------------------------
 # other ways to split: each changes a model in place

@@ -68,6 +68,33 @@ def test_a_walk_equals_one_uncached_pass(chunk, first, given, frames, camera):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def test_what_the_encoder_reads_in_the_place_of_each_frame():
+    x, t = torch.arange(1., 6).view(1, 5, 1, 1, 1), torch.tensor([[.1, .2, .3, .4, .5]])
+    past, told = shifted(x, t, 2)
+    assert past.flatten().tolist() == [0, 0, 1, 2, 3]
+    torch.testing.assert_close(told, torch.tensor([[1, 1, .1, .2, .3]]))
+
+
+def test_a_walk_noises_its_own_frames_and_says_so(monkeypatch):
+    """The given frame enters as it is, at t = 0; generated ones at the level of the context."""
+    model, told = split_model(chunk=2), []
+    encode = model.encode
+
+    def record(past, t, *args, **options):
+        told.append((past, t))
+        return encode(past, t, *args, **options)
+
+    monkeypatch.setattr(model, 'encode', record)
+    start = torch.randn(2, 1, 16, 4, 4)
+    video, *_ = walk(model, 7, start, context=.3)
+    assert len(told) == 4 and torch.equal(told[1][0][:, 1:], start)
+    torch.testing.assert_close(told[1][1], torch.tensor([[1., 0], [1, 0]]))
+    for (past, t), frames in zip(told[2:], (video[:, 1:3], video[:, 3:5])):
+        torch.testing.assert_close(t, torch.full((2, 2), .3))
+        noise = (past - .7 * frames) / .3
+        assert abs(noise.std() - 1) < .1 and abs((noise * frames).mean()) < .15 * frames.std()
+
+
 def test_guidance_drops_the_condition_in_both_parts():
     """Each branch is a walk's call on its own: the encoder and the decoder without camera, or without text."""
     model = split_model(camera='plucker+prope')
