@@ -78,6 +78,9 @@ class Concatenated:
         self.new[layer] = k, v
         return k, v
 
+    def prepare(self, n, mask):
+        return mask
+
     def commit(self):
         self.kept = dict(self.new)
 
