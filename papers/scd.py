@@ -11,6 +11,7 @@ before it; a decoder of the others renders the frame in all its steps, and sees 
     python -m papers.scd                           # the two observations, on checkpoints/ar.safetensors
     python -m papers.scd dense 4+2 5+1 3+3         # trains each kind with three seeds and prints a table
     python -m papers.scd "4+2 concat" "4+2 noise"  # and others: see KINDS
+    python -m papers.scd guide out/scd/4+2-0/ar.safetensors     # guidance of the decoder alone
 
 The first takes minutes and draws assets/papers/scd.png. The others need out/camera.safetensors and
 data/lowpoly-500 (bash run.sh), take 10 to 20 minutes a run on one core and leave out/scd/; what is there is
@@ -21,6 +22,7 @@ encoder reads slightly noised frames and is told so; chunks of several frames. N
 the features of its Figure 2 were normalised.
 """
 import collections
+import itertools
 import json
 import os
 import sys
@@ -34,7 +36,7 @@ from data import find_codec, noise_for
 from experiments.score import Config as ScoreConfig
 from experiments.score import score
 from experiments.table import COLUMNS, mean_and_spread, summary
-from model import rollout_clip, schedule
+from model import CameraEmbedding, rollout_clip, schedule
 from stream import held_out
 
 # -----------------------------------------------------------------------------
@@ -233,14 +235,47 @@ def main(names, seeds):
                 train(name, seed, out)
             for steps, row in measure(name, out).items():
                 runs[name, steps].append(row)
-    print('\n| kind | steps | seeds | ' + ' | '.join(COLUMNS) + ' |\n' + '|---' * (3 + len(COLUMNS)) + '|')
+    columns = ['kind', 'steps', 'seeds', *COLUMNS]
+    print('\n| ' + ' | '.join(columns) + ' |\n' + '|---' * len(columns) + '|')
     for (name, steps), rows in runs.items():
         cells = [mean_and_spread(rows, key) for key in COLUMNS]
         print('| ' + ' | '.join([name, steps, str(len(rows)), *cells]) + ' |')
+
+# -----------------------------------------------------------------------------
+# guidance: must the null branch have an encoder of its own?
+
+def guide_the_decoder_alone(model):
+    """From now on both branches of guidance share the context of the conditioned one, as in the paper."""
+    encode = model.encode
+
+    def encode_conditioned(past, t, text, camera, **options):
+        def first_half_twice(x):
+            return None if x is None else torch.cat([x[:len(x) // 2]] * 2)
+        shared = CameraEmbedding(*map(first_half_twice, vars(camera).values()))
+        return encode(past, t, first_half_twice(text), shared, **options)
+    model.encode = encode_conditioned
+
+
+def guide(path):
+    """A table of camera guidance, with an encoder for both branches and with one for the conditioned alone."""
+    columns = ['null branch', 'steps', 'guidance', *COLUMNS]
+    print('| ' + ' | '.join(columns) + ' |\n' + '|---' * len(columns) + '|')
+    for steps, scale, alone in itertools.product((4, 1), (1.15, 1.5, 2.), (False, True)):
+        model, header = load_model(path)
+        model.eval()
+        if alone:
+            guide_the_decoder_alone(model)
+        cfg = ScoreConfig(ckpt=path, steps=steps, guidance=scale)
+        row = summary(score(model, cfg, header, find_codec(), torch.device('cpu'), find_poses=False))
+        cells = ['decoder' if alone else 'both', f'{steps}', f'{scale}']
+        cells += [f'{row[key]:.{digits}f}' for key, digits in COLUMNS.items()]
+        print('| ' + ' | '.join(cells) + ' |', flush=True)
 
 
 if __name__ == '__main__':
     if len(sys.argv) == 1:
         probe()
+    elif sys.argv[1] == 'guide':
+        guide(sys.argv[2])
     else:
         main(sys.argv[1:], int(os.environ.get('SEEDS', 3)))

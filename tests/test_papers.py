@@ -3,8 +3,8 @@ import torch
 from einops import rearrange
 
 from camera import Camera, relative
-from model import causal_mask, chunk_ids, rotary_table, shifted, sinusoid
-from papers.scd import KINDS, begin_with_both_ends, concatenate, noise_context
+from model import causal_mask, chunk_ids, rollout, rotary_table, shifted, sinusoid
+from papers.scd import KINDS, begin_with_both_ends, concatenate, guide_the_decoder_alone, noise_context
 from test_cache import scene
 from test_split import split_model
 
@@ -56,6 +56,22 @@ def test_noise_on_the_context_is_for_training_only():
     noisy = model.encode(x, t, text, None)
     error = torch.linalg.solve(model.context_embedding.weight, (noisy - clean).detach().mT)
     assert abs(error.std().item() - .05) < .005
+
+
+def test_guidance_of_the_decoder_alone():
+    """Both branches have the conditioned context; the camera is dropped in the decoder only."""
+    model, seen = split_model(camera='plucker+prope'), []
+    guide_the_decoder_alone(model)
+    model.register_forward_hook(lambda m, args, options, v: seen.append(options['context']), with_kwargs=True)
+    c2w, K, text, noise = scene(3, 4, 4)
+    cameras = [Camera(c2w[:, i:i + 1], K[:, i:i + 1]) for i in range(3)]
+    plain = split_model(camera='plucker+prope')
+    with torch.no_grad():
+        list(rollout(model, cameras, text, torch.tensor([1., 0]), noise, torch.ones(2, 1, 16, 4, 4), guidance=2.))
+        want = plain.encode(*shifted(torch.ones(2, 2, 16, 4, 4), torch.zeros(2, 2), 1), text,
+                            Camera(relative(c2w[:, :2]), K[:, :2]), causal_mask(chunk_ids(2, 1)))
+    assert torch.equal(seen[0][:2], seen[0][2:])
+    torch.testing.assert_close(seen[0][:2], want[:, 1:], rtol=0, atol=1e-5)
 
 
 def test_a_decoder_that_begins_with_both_ends():
