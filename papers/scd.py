@@ -257,7 +257,7 @@ def guide_the_decoder_alone(model):
 
 
 def guide(path):
-    """A table of camera guidance, with an encoder for both branches and with one for the conditioned alone."""
+    """A table of camera guidance, with an encoder for both branches or for the conditioned one alone."""
     columns = ['null branch', 'steps', 'guidance', *COLUMNS]
     print('| ' + ' | '.join(columns) + ' |\n' + '|---' * len(columns) + '|')
     for steps, scale, alone in itertools.product((4, 1), (1.15, 1.5, 2.), (False, True)):
