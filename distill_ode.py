@@ -33,8 +33,8 @@ from common import (Log, Meter, checksum, clip_gradients, command_line, describe
                     save_stage, save_tensors, score, setup, shard, sync_gradients, take_step, update_ema,
                     write_json)
 from data import Clips, batches, get_batch, load_manifest, noise_for, open_clips, path_metrics, write_strip
-from model import (KVCache, add_noise, causal_mask, chunk_ids, null_condition, rollout_clip, schedule,
-                   shifted, teacher_forced, teacher_forcing_mask, v_to_x0)
+from model import (KVCache, add_noise, causal_mask, chunk_ids, encoder_inputs, null_condition, rollout_clip,
+                   schedule, teacher_forced, teacher_forcing_mask, v_to_x0)
 
 
 @dataclass
@@ -113,8 +113,7 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
     # the history is encoded once; chunk i sees history chunks < i and itself
     ids = chunk_ids(F, model.cfg.chunk, model.cfg.first_chunk)
     if model.cfg.encoder_blocks:
-        past = shifted(history, level, model.cfg.chunk)
-        context = model.encode(*past, text, camera, causal_mask(ids))
+        context = model.encode_clip(text, encoder_inputs(model.cfg, history, level, camera))
         options = dict(mask=causal_mask(ids), context=context)
     else:
         cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, history.device)

@@ -601,15 +601,15 @@ class DiT(nn.Module):
         mask    (F, keys) bool; None: every frame sees all
         pos     F positions; by default they continue those in the cache
         last    how many frames to return, the last ones; None: all
-        context split networks: what `encode` made for these frames, or its (past, t_past), to make it first
+        context split networks: what `encode` made for these frames, or `encoder_inputs`, to make it first
         """
         F, _, H, W = x.shape[1:]
         p, first = self.cfg.patch, self.cfg.encoder_blocks
         last = F if last is None else last
         if not isinstance(camera, CameraEmbedding):
             camera = self.embed_camera(camera, H, W)
-        if isinstance(context, tuple):
-            context = self.encode(*context, text, camera, mask, pos, cache)
+        if isinstance(context, dict):
+            context = self.encode_clip(text, context)
         if first and mask is not None:
             mask = mask & mask.mT                                     # of a causal mask: the own chunk
         blocks = range(first, self.cfg.num_layers)
@@ -620,13 +620,18 @@ class DiT(nn.Module):
 
     def encode(self, past, t_past, text, camera, mask=None, pos=None, cache=None):
         """Context (B, F, L, D) of F frames that are still to be generated: a split network's first blocks.
-        They read the cameras of these frames and, in the place of each, an earlier one: see `shifted`."""
+        They read the cameras of these frames and, in the place of each, an earlier one (see `shifted`)."""
         F, _, H, W = past.shape[1:]
         if not isinstance(camera, CameraEmbedding):
             camera = self.embed_camera(camera, H, W)
         blocks = range(self.cfg.encoder_blocks)
         context, _ = self.run_blocks(blocks, past, t_past, text, camera, mask, pos, cache, F)
         return self.context_embedding(self.context_norm(context))
+
+    def encode_clip(self, text, inputs):
+        """The context of all F frames of a clip, from its `encoder_inputs`."""
+        context, f = self.encode(text=text, **inputs), self.cfg.first_chunk
+        return torch.cat([context[:, -f:], context[:, f:-f]], 1)
 
     def run_blocks(self, blocks, x, t, text, camera, mask, pos, cache, last, context=None):
         """(tokens (B, last, L, D) behind these blocks, time embedding (B, F, D)) of frames (B, F, C, H, W).
@@ -724,8 +729,8 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
     if t_history is None:
         t_history = torch.zeros_like(t)
     if cfg.encoder_blocks:
-        past = shifted(batch.x0, t_history, cfg.chunk)
-        return net(x_t, t, batch.text, batch.camera, causal_mask(ids), context=past)
+        inputs = encoder_inputs(cfg, batch.x0, t_history, batch.camera)
+        return net(x_t, t, batch.text, batch.camera, causal_mask(ids), context=inputs)
     both = [*range(h), *range(F, 2 * F)]                              # the last history chunk is left out
     return net(
         torch.cat([batch.x0[:, :h], x_t], 1),                         # (B, h + F, C, H, W)
@@ -737,13 +742,30 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
         last=F,                                                       # velocities of the noisy half only
     )
 
-def shifted(x, t, n):
-    """What a split network's encoder reads for frames x (B, F, C, H, W) at times t (B, F): each frame a chunk
-    later, n places, so that none sees itself. In the first places nothing is known: zeros, at t = 1."""
-    F = x.shape[1]
-    x = functional.pad(x, (0, 0, 0, 0, 0, 0, n, 0))
-    t = functional.pad(t, (n, 0), value=1.0)
-    return x[:, :F], t[:, :F]
+def shifted(cfg, x, t):
+    """What a split network's encoder reads in the places of frames x (B, F, C, H, W) at times t (B, F): the
+    first chunk as it is, and then each frame a chunk later, so that it says nothing of its own place. Where
+    nothing is known: zeros, at t = 1."""
+    n, f = cfg.chunk, cfg.first_chunk
+    later = functional.pad(x, (0, 0, 0, 0, 0, 0, n, -n))[:, f:]
+    t_later = functional.pad(t, (n, -n), value=1.0)[:, f:]
+    return torch.cat([x[:, :f], later], 1), torch.cat([t[:, :f], t_later], 1)
+
+
+def encoder_inputs(cfg, x, t, camera):
+    """Arguments of `encode` for a whole clip x, as history at times t: the places of its frames, and those of
+    the first chunk once more, unknown, since this one too must be generated."""
+    F, f = x.shape[1], cfg.first_chunk
+    past, t_past = shifted(cfg, x, t)
+    places = [*range(F), *range(f)]
+    causal = causal_mask(chunk_ids(F, cfg.chunk, f))
+    return dict(
+        past=functional.pad(past, (0, 0, 0, 0, 0, 0, 0, f)),
+        t_past=functional.pad(t_past, (0, f), value=1.0),
+        camera=camera.frames(places),
+        mask=torch.block_diag(causal, torch.ones(f, f)).bool(),
+        pos=places,
+    )
 
 # -----------------------------------------------------------------------------
 # rollout: the only chunk-by-chunk loop
@@ -932,41 +954,44 @@ class Walk:
 
 class SplitWalk(Walk):
     """The walk of a split network. The encoder reads the newest chunk, once, in the place of the next, which
-    also writes its keys and values; the decoder needs no cache. A sink is the places up to the one that shows
-    frame 0."""
+    also writes its keys and values; the decoder needs no cache."""
 
-    def __init__(self, model, *args):
-        super().__init__(model, *args)
-        self.sink *= 1 + self.cfg.chunk
-
-    def encode(self, n, x, t, camera, placed=None):
-        """The context of the last n frames of x (B, F, C, H, W) at times t. placed: their camera, for a
-        second pass with gradient, in which the cache is only read."""
+    def encode(self, n, past, t, camera, again):
+        """The context of the last n frames. again: the camera for a second pass with gradient, in which the
+        cache is only read."""
         if self.guidance != 1:
-            x = torch.cat([x, x])
-        past, t = shifted(x, t, self.cfg.chunk)
-        args = past[:, -n:], t[:, -n:], self.text
-        options = dict(mask=self.mask(n), cache=self.cache)
+            past = torch.cat([past, past])
+        args = past, t, self.text
+        options = dict(mask=self.mask(past.shape[1]), cache=self.cache)
         with torch.no_grad():
-            self.context = self.model.encode(*args, camera, **options)
-        if placed is not None:
-            self.context = self.model.encode(*args, placed, **options)
+            self.context = self.model.encode(*args, camera, **options)[:, -n:]
+        if again:
+            self.context = self.model.encode(*args, again, **options)[:, -n:]
 
-    def read(self, x, camera, placed=None):
+    def read(self, x, camera, again=None):
+        """Before the chunk x is generated. again: its camera, embedded with gradient, in training."""
         n = x.shape[1]
-        t = self.times(x, 0)
-        if self.pending:
-            before, t_before, _ = self.pending
-            self.pending = None
-            x, t = torch.cat([before, x], 1), torch.cat([t_before, t], 1)
+        if self.pending is None:                   # the first chunk: nothing is known
+            self.encode(n, torch.zeros_like(x), self.times(x, 1), camera, again)
+            return
+        before, t_before, camera_before = self.pending
+        self.pending = None
+        x, t = torch.cat([before, x], 1), torch.cat([t_before, self.times(x, 0)], 1)
+        past, t = shifted(self.cfg, x, t)
+        start = self.cache.end + self.cache.gone == 0
+        if start:                                  # the places before are not encoded yet
+            camera = camera_before.followed_by(camera)
+            again = again and camera_before.followed_by(again)
+        else:
+            past, t = past[:, -n:], t[:, -n:]
             self.cache.end += before.shape[1]
-        self.encode(n, x, t, camera, placed)
+        self.encode(n, past, t, camera, again)
+        if start:
+            self.cache.end = before.shape[1]
 
+    @torch.no_grad()
     def encode_again(self, x, t, camera):
-        self.encode(x.shape[1], x, t, camera)
-        n = self.cfg.chunk
-        self.pending = x[:, -n:], t[:, -n:], None
-        self.cache.end = x.shape[1] - n
+        self.pending = x, t, self.model.embed_camera(camera, *x.shape[-2:])
 
 
 def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, window=64, renoise=False,
@@ -1007,8 +1032,8 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
 
         training = exit_step is not None and torch.is_grad_enabled() and not given
         # the calls with gradient embed the camera again, so that these weights learn too
-        if model.cfg.encoder_blocks:
-            walk.read(x, embedded, placed if training else None)
+        if model.cfg.encoder_blocks and not given:
+            walk.read(x, embedded, model.embed_camera(placed, *x.shape[-2:]) if training else None)
 
         # denoise, unless the chunk is given
         plan = first_times if opening and first_times is not None else times

@@ -134,11 +134,11 @@ def concatenate(model):
     """The paper's decoder: [context; frame], twice the tokens with the same places, times and cameras, of
     which the frame's half is kept."""
     last, first = model.cfg.num_layers - 1, model.cfg.encoder_blocks
-    context = []
+    run_blocks, context = model.run_blocks, []
 
-    def keep(norm, args, normed):
-        context[:] = [normed]
-        return torch.zeros_like(normed)                               # nothing is added
+    def run_without(blocks, x, t, text, camera, mask, pos, cache, n, added=None):
+        context[:] = [added]                                          # nothing is added
+        return run_blocks(blocks, x, t, text, camera, mask, pos, cache, n)
 
     def twice(block, args):
         x, e0, text, table, prope, rows, cache, layer, n = args
@@ -152,7 +152,8 @@ def concatenate(model):
             rows = tuple(row + row for row in rows) * (1 if layer == last else 2)
         return x, e0, text, table, prope, rows, cache, layer, F if layer == last else 2 * F
 
-    model.context_norm.register_forward_hook(keep)
+    model.run_blocks = run_without
+    model.context_embedding.register_forward_hook(lambda _, normed, embedded: normed[0])
     for block in model.blocks[first:]:
         block.register_forward_pre_hook(twice)
 

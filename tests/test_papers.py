@@ -3,7 +3,7 @@ import torch
 from einops import rearrange
 
 from camera import Camera, relative
-from model import causal_mask, chunk_ids, rollout, rotary_table, shifted, sinusoid
+from model import causal_mask, chunk_ids, encoder_inputs, rollout, rotary_table, sinusoid
 from papers.scd import KINDS, begin_with_both_ends, concatenate, guide_the_decoder_alone, noise_context
 from test_cache import scene
 from test_split import split_model
@@ -16,11 +16,13 @@ def test_the_concatenating_decoder_reads_context_and_frame_side_by_side():
         own = chunk_ids(F, chunk)
         c2w, K, text, noise = scene(F, 4, 4)
         cam = Camera(relative(c2w), K)
-        x, t, past = noise(F), torch.rand(2, F), shifted(noise(F), torch.rand(2, F), chunk)
-        embedded = model.embed_camera(cam, 4, 4)
+        x, t = noise(F), torch.rand(2, F)
+        inputs = encoder_inputs(model.cfg, noise(F), torch.rand(2, F), cam)
+        past, t_past, camera, mask, pos = inputs.values()
         with torch.no_grad():
-            tokens, _ = model.run_blocks(range(2), *past, text, embedded, causal_mask(own), None, None, F)
-            context = model.context_norm(tokens)
+            tokens, _ = model.run_blocks(range(2), past, t_past, text, model.embed_camera(camera, 4, 4), mask, pos, None,
+                                         F + 1)
+            context = model.context_norm(torch.cat([tokens[:, -1:], tokens[:, 1:-1]], 1))
             want = torch.zeros_like(x)
             for i in range(int(own.max()) + 1):
                 here = (own == i).nonzero().flatten()
@@ -33,7 +35,7 @@ def test_the_concatenating_decoder_reads_context_and_frame_side_by_side():
                 if c.tokens is not None:
                     y, e = y + c.tokens, e + c.time
                 e0 = model.time_projection(e).unflatten(-1, (6, -1))
-                y = torch.cat([context[:, here], y + model.context_embedding.bias], 1)
+                y = torch.cat([context[:, here], y], 1)
                 table = rotary_table(tuple(here.tolist()) * 2, 2, 2, 24, 'cpu')
                 prope = None if c.prope is None else torch.cat([c.prope] * 2, 1)
                 words = model.text_embedding(text)
@@ -42,7 +44,7 @@ def test_the_concatenating_decoder_reads_context_and_frame_side_by_side():
                 out = model.head(y[:, n:], e)
                 want[:, here] = rearrange(out, 'b f (h w) (p q c) -> b f c (h p) (w q)', h=2, p=2, q=2)
             concatenate(model)
-            got = model(x, t, text, cam, causal_mask(own), context=past)
+            got = model(x, t, text, cam, causal_mask(own), context=inputs)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
@@ -68,8 +70,8 @@ def test_guidance_of_the_decoder_alone():
     plain = split_model(camera='plucker+prope')
     with torch.no_grad():
         list(rollout(model, cameras, text, torch.tensor([1., 0]), noise, torch.ones(2, 1, 16, 4, 4), guidance=2.))
-        want = plain.encode(*shifted(torch.ones(2, 2, 16, 4, 4), torch.zeros(2, 2), 1), text,
-                            Camera(relative(c2w[:, :2]), K[:, :2]), causal_mask(chunk_ids(2, 1)))
+        camera = Camera(relative(c2w[:, :2]), K[:, :2])
+        want = plain.encode_clip(text, encoder_inputs(plain.cfg, torch.ones(2, 2, 16, 4, 4), torch.zeros(2, 2), camera))
     assert torch.equal(seen[0][:2], seen[0][2:])
     torch.testing.assert_close(seen[0][:2], want[:, 1:], rtol=0, atol=1e-5)
 

@@ -11,9 +11,10 @@ from common import load_model, load_tensors
 from conftest import FLAGS, SMALL, dmd_args, run
 from data import Batch, Draws
 from distill_ode import ode_states
-from model import causal_mask, chunk_ids, rebuilt, rollout, schedule, shifted, teacher_forced
+from model import (ModelConfig, causal_mask, chunk_ids, encoder_inputs, rebuilt, rollout, schedule, shifted,
+                   teacher_forced)
 from test_cache import scene
-from test_model import tiny_model
+from test_model import grid, tiny_model
 from test_stages import losses
 
 TIMES = schedule(3, 2.0)
@@ -42,10 +43,8 @@ def walk(model, frames, first=None, context=0.0, over='camera', guidance=1.0, wi
 def uncached(model, video, camera, text, sizes, calls):
     """The velocities of these calls by one encoder pass over the whole video, then the decoder a chunk at a time."""
     ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    own = chunk_ids(video.shape[1], model.cfg.chunk, model.cfg.first_chunk)
-    past, t_past = shifted(video, torch.zeros(video.shape[:2]), model.cfg.chunk)
     camera = Camera(relative(camera.c2w), camera.K)
-    context = model.encode(past, t_past, text, camera, causal_mask(own))
+    context = model.encode_clip(text, encoder_inputs(model.cfg, video, torch.zeros(video.shape[:2]), camera))
     starts = torch.tensor([0, *sizes]).cumsum(0)
     out = []
     for i, (x, t, _) in enumerate(calls):
@@ -70,9 +69,13 @@ def test_a_walk_equals_one_uncached_pass(chunk, first, given, frames, camera):
 
 def test_what_the_encoder_reads_in_the_place_of_each_frame():
     x, t = torch.arange(1., 6).view(1, 5, 1, 1, 1), torch.tensor([[.1, .2, .3, .4, .5]])
-    past, told = shifted(x, t, 2)
-    assert past.flatten().tolist() == [0, 0, 1, 2, 3]
-    torch.testing.assert_close(told, torch.tensor([[1, 1, .1, .2, .3]]))
+    past, told = shifted(ModelConfig(chunk=2), x, t)
+    assert past.flatten().tolist() == [1, 0, 1, 2, 3]
+    torch.testing.assert_close(told, torch.tensor([[.1, 1, .1, .2, .3]]))
+    inputs = encoder_inputs(ModelConfig(chunk=2), x, t, Camera(torch.eye(4).expand(1, 5, 4, 4), torch.ones(1, 5, 4)))
+    assert inputs['past'].flatten().tolist() == [1, 0, 1, 2, 3, 0] and inputs['pos'] == [0, 1, 2, 3, 4, 0]
+    assert inputs['t_past'][0, -1] == 1 and inputs['camera'].c2w.shape[1] == 6
+    assert torch.equal(inputs['mask'], grid('x..... xxx... xxx... xxxxx. xxxxx. .....x'))
 
 
 def test_a_walk_noises_its_own_frames_and_says_so(monkeypatch):
@@ -87,9 +90,9 @@ def test_a_walk_noises_its_own_frames_and_says_so(monkeypatch):
     monkeypatch.setattr(model, 'encode', record)
     start = torch.randn(2, 1, 16, 4, 4)
     video, *_ = walk(model, 7, start, context=.3)
-    assert len(told) == 4 and torch.equal(told[1][0][:, 1:], start)
-    torch.testing.assert_close(told[1][1], torch.tensor([[1., 0], [1, 0]]))
-    for (past, t), frames in zip(told[2:], (video[:, 1:3], video[:, 3:5])):
+    assert len(told) == 3 and torch.equal(told[0][0], torch.cat([start, 0 * start, start], 1))
+    torch.testing.assert_close(told[0][1], torch.tensor([[0., 1, 0], [0, 1, 0]]))
+    for (past, t), frames in zip(told[1:], (video[:, 1:3], video[:, 3:5])):
         torch.testing.assert_close(t, torch.full((2, 2), .3))
         noise = (past - .7 * frames) / .3
         assert abs(noise.std() - 1) < .1 and abs((noise * frames).mean()) < .15 * frames.std()
@@ -104,9 +107,9 @@ def test_guidance_drops_the_condition_in_both_parts():
         branches = []
         for off in (False, True):
             cam = Camera(relative(camera.c2w), camera.K, torch.full((2,), not (off and over == 'camera')))
-            context = model.encode(*shifted(video, torch.zeros(2, 5), 1), text * (not (off and over == 'text')), cam,
-                                   causal_mask(chunk_ids(5, 1)))
-            branches.append((cam, text * (not (off and over == 'text')), context))
+            words = text * (not (off and over == 'text'))
+            context = model.encode_clip(words, encoder_inputs(model.cfg, video, torch.zeros(2, 5), cam))
+            branches.append((cam, words, context))
         for i, (x, t, v) in enumerate(calls):
             here = slice(1 + i // 3, 2 + i // 3)
             assert torch.equal(x[:2], x[2:])
@@ -131,9 +134,8 @@ def test_a_window_is_encoded_again_from_its_newest_half(chunk, window, frames):
             start, restarts = done - half, restarts + 1
         seen = slice(start, done + chunk)
         c = Camera(relative(camera.c2w[:, seen]), camera.K[:, seen])
-        own = chunk_ids(done + chunk - start, chunk)
-        past = shifted(video[:, seen], torch.zeros(2, len(own)), chunk)
-        context = model.encode(*past, text, c, causal_mask(own))
+        inputs = encoder_inputs(model.cfg, video[:, seen], torch.zeros(2, done + chunk - start), c)
+        context = model.encode_clip(text, inputs)
         for x, t, v in calls[3 * i:3 * i + 3]:
             want = model(x, t, text, c.frames(slice(-chunk, None)), context=context[:, -chunk:])
             torch.testing.assert_close(v, want, rtol=0, atol=1e-5)
@@ -144,12 +146,12 @@ def test_a_window_is_encoded_again_from_its_newest_half(chunk, window, frames):
 @pytest.mark.parametrize('camera, sink', [('prope', False), ('plucker', True), ('plucker+prope', True)])
 @pytest.mark.parametrize('chunk, window, frames', [(1, 6, 16), (2, 9, 23)])
 def test_a_rolling_window_equals_one_pass_under_a_sliding_mask(chunk, window, frames, camera, sink):
-    """Places leave in whole chunks, oldest first. With a sink those that show frame 0 stay, right before the oldest:
-    the uncached pass has copies of them for every chunk. One walk's second frame is elsewhere: that move is none."""
+    """Places leave in whole chunks, oldest first. With a sink that of frame 0 stays, right before the oldest: the
+    uncached pass has a copy of it for every chunk. One walk's second frame is elsewhere: that move is none."""
     model, jump = split_model(chunk=chunk, camera=camera, sink=sink), torch.tensor([True, False])
     video, cam, text, calls, sizes = walk(model, frames, torch.randn(2, 1, 16, 4, 4), window=window, jump=jump)
     own = chunk_ids(frames, chunk)
-    kept = (1 + chunk) * sink
+    kept = int(sink)
     c = Camera(relative(cam.c2w), cam.K, move=moves(cam.c2w, jump=jump if sink else None))
     gone, kept_now = [], 1                                     # of each chunk; places in the window
     for _ in sizes:
@@ -168,7 +170,7 @@ def test_a_rolling_window_equals_one_pass_under_a_sliding_mask(chunk, window, fr
         mask[mine, mine] = causal_mask(own[:kept])
         mask[places, mine] = own[:kept] <= i
         mask[places, copies:copies + kept + g] = False
-    past, t_past = shifted(video, torch.zeros(2, frames), chunk)
+    past, t_past = shifted(model.cfg, video, torch.zeros(2, frames))
     every = Camera(c.c2w[:, rows], c.K[:, rows], move=c.move[:, rows])
     context = model.encode(past[:, rows], t_past[:, rows], text, every, mask, pos)[:, copies:]
     for i, (x, t, v) in enumerate(calls):
