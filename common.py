@@ -15,7 +15,7 @@ import tempfile
 import textwrap
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 
 import numpy as np
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from camera import BadInput
-from model import DiT, ModelConfig, flash_attn_func
+from model import PRESETS, DiT, ModelConfig
 
 # -----------------------------------------------------------------------------
 # the command line of every script
@@ -179,14 +179,11 @@ def setup(cfg):
 
 
 def describe(stage, model, cfg, run, clips):
-    """Say what is about to be trained, and by which attention."""
+    """Say what is about to be trained."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     tokens = clips.read(0)[0][0, 0].numel() // model.cfg.patch ** 2
-    cuda = run.device.type == 'cuda'
     run.say(f'{stage}: {millions:.2f} M parameters, {tokens} tokens a frame, effective batch {cfg.batch} = '
-            f'{run.world} x {cfg.accum} x {run.micro}, {run.device}, {run.dtype}, '
-            f'{"flash-attn" if cuda and flash_attn_func else "sdpa"}, masked: '
-            f'{"flex_attention" if cuda else "block rows"}, {len(clips)} clips')
+            f'{run.world} x {cfg.accum} x {run.micro}, {run.device}, {run.dtype}, {len(clips)} clips')
 
 # -----------------------------------------------------------------------------
 # optimizers
@@ -415,6 +412,17 @@ def find_checkpoint(path, default):
         return path
     shipped = f'checkpoints/{os.path.basename(path)}'
     return shipped if path == default and os.path.exists(shipped) else None
+
+
+def new_model(cfg, default, run, **settings):
+    """A model of --preset to train from scratch. Raises BadInput if --init names another file than the
+    default: as that is not there, it may be a slip."""
+    if cfg.init not in (default, 'none'):
+        raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
+    if cfg.preset not in PRESETS:
+        raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
+    run.say('start from scratch')
+    return DiT(replace(PRESETS[cfg.preset], **settings)).to(run.device)
 
 
 def save_model(path, state, cfg, **meta):

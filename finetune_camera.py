@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from camera import BadInput, Camera
 from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, fixed_settings,
-                    learning_rate, load_model, load_resume, make_optimizers, save_resume, save_stage, score,
-                    setup, shard, sync_gradients, take_step, update_ema)
+                    learning_rate, load_model, load_resume, make_optimizers, new_model, save_resume,
+                    save_stage, score, setup, shard, sync_gradients, take_step, update_ema)
 from data import batches, get_batch, open_clips, path_metrics, write_strip
-from model import PRESETS, DiT, add_noise, empty_prompt, rebuilt, sample_clip, schedule, shift_time
+from model import add_noise, empty_prompt, rebuilt, sample_clip, schedule, shift_time
 
 
 @dataclass
@@ -138,13 +138,7 @@ def start_model(cfg, run):
         return model
     if cfg.camera == 'none' and cfg.init not in (Config.init, 'none'):
         raise BadInput('--camera none trains from scratch: leave out --init')
-    if cfg.camera != 'none' and cfg.init not in (Config.init, 'none'):
-        raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
-    if cfg.preset not in PRESETS:
-        raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
-    reason = '' if cfg.camera == 'none' else f': there is no {cfg.init}'
-    run.say(f'start from scratch{reason}')
-    return DiT(replace(PRESETS[cfg.preset], camera=cfg.camera, sink=cfg.sink)).to(run.device)
+    return new_model(cfg, Config.init, run, camera=cfg.camera, sink=cfg.sink)
 
 
 def main(cfg):

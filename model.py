@@ -32,7 +32,7 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from camera import BadInput, Camera, invert, moves, plucker, relative
@@ -207,44 +207,17 @@ def masked_attention(q, k, v, mask):
     return torch.cat(out, 2).transpose(1, 2)                       # (B, S, N, Dh)
 
 
-@functools.lru_cache(maxsize=16)
-def flex_mask(rows, Lq, Lk, device):
-    """A mask's rows in flex_attention's own form."""
-    mask = torch.tensor(rows, device=device)
-
-    def allowed(batch, head, query, key):
-        return mask[query // Lq, key // Lk]
-    return create_block_mask(allowed, None, None, mask.shape[0] * Lq, mask.shape[1] * Lk, device)
-
-
-@functools.cache
-def flex_kernel(device_type):
-    return torch.compile(flex_attention, dynamic=False) if device_type == 'cuda' else flex_attention
-
-
-def flex_frame_attention(q, k, v, mask):
-    """dense_attention by flex_attention, which skips forbidden blocks on a GPU; mask may be a `flex_mask`."""
-    if not isinstance(mask, BlockMask):
-        rows = mask_rows(mask)
-        Lq = q.shape[1] // len(rows)
-        Lk = k.shape[1] // len(rows[0])
-        mask = flex_mask(rows, Lq, Lk, q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flex_kernel(q.device.type)(q, k, v, block_mask=mask).transpose(1, 2)
-
-
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh), by the fastest kernel for this mask, device and dtype.
 
     mask: (query frames, key frames) bool, or its `mask_rows` or `flex_mask`; None: every token sees all.
     """
     grad = torch.is_grad_enabled()
-    if isinstance(mask, BlockMask):
-        return flex_frame_attention(q, k, v, mask)
-    if mask is not None and not all(map(all, mask_rows(mask))):
-        # flex_attention compiles again for every new mask, and those of a rollout are all different
-        kernel = flex_frame_attention if q.is_cuda and grad else masked_attention
-        return kernel(q, k, v, mask)
+    if isinstance(mask, BlockMask) or mask is not None and not all(map(all, mask_rows(mask))):
+        if q.is_cuda and grad:                     # each new mask is compiled, and a rollout's all differ
+            from backbones.flex import flex_frame_attention
+            return flex_frame_attention(q, k, v, mask)
+        return masked_attention(q, k, v, mask)
     if flash_attn_func and q.is_cuda and q.dtype != torch.float32:
         return flash_attn_func(q, k, v)
     if not q.is_cuda and q.dtype == torch.bfloat16 and grad:
@@ -259,6 +232,7 @@ def kernel_mask(mask, n, L, device):
         return None
     rows = mask_rows(mask)[-n:]
     if device.type == 'cuda' and torch.is_grad_enabled():
+        from backbones.flex import flex_mask
         return flex_mask(rows, L, L, device)
     return rows
 
@@ -961,12 +935,12 @@ class SplitWalk(Walk):
         cache is only read."""
         if self.guidance != 1:
             past = torch.cat([past, past])
-        args = past, t, self.text
-        options = dict(mask=self.mask(past.shape[1]), cache=self.cache)
+        mask = self.mask(past.shape[1])
         with torch.no_grad():
-            self.context = self.model.encode(*args, camera, **options)[:, -n:]
+            context = self.model.encode(past, t, self.text, camera, mask, cache=self.cache)
         if again:
-            self.context = self.model.encode(*args, again, **options)[:, -n:]
+            context = self.model.encode(past, t, self.text, again, mask, cache=self.cache)
+        self.context = context[:, -n:]
 
     def read(self, x, camera, again=None):
         """Before the chunk x is generated. again: its camera, embedded with gradient, in training."""

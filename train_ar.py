@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from camera import BadInput
 from common import (Log, Meter, clip_gradients, command_line, describe, find_checkpoint, fixed_settings,
-                    learning_rate, load_model, load_resume, make_optimizers, save_resume, save_stage, score,
-                    setup, shard, sync_gradients, take_step, update_ema)
+                    learning_rate, load_model, load_resume, make_optimizers, new_model, save_resume,
+                    save_stage, score, setup, shard, sync_gradients, take_step, update_ema)
 from data import Clips, batches, get_batch, noise_for, open_clips, path_metrics, write_strip
-from model import (PRESETS, DiT, add_noise, chunk_ids, empty_prompt, rebuilt, rollout_clip, schedule,
-                   shift_time, teacher_forced)
+from model import (add_noise, chunk_ids, empty_prompt, rebuilt, rollout_clip, schedule, shift_time,
+                   teacher_forced)
 
 
 @dataclass
@@ -135,12 +135,7 @@ def start_model(cfg, run):
         model, header = load_model(path, run.device)
         run.say(f'start from {path}: {header["stage"]}, {header["step"]} steps')
     else:
-        if cfg.init not in (Config.init, 'none'):
-            raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
-        if cfg.preset not in PRESETS:
-            raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
-        run.say(f'start from scratch: there is no {cfg.init}')
-        model = DiT(replace(PRESETS[cfg.preset])).to(run.device)
+        model = new_model(cfg, Config.init, run)
     if cfg.encoder_blocks:                     # a split network: the first blocks become its encoder
         if cfg.encoder_blocks >= model.cfg.num_layers:
             raise BadInput(f'--encoder_blocks {cfg.encoder_blocks}: the model has {model.cfg.num_layers} '

@@ -4,10 +4,11 @@ import dataclasses
 import pytest
 import torch
 
+from backbones.flex import flex_frame_attention
 from camera import Camera, keys_to_poses
 from common import shard
 from data import Batch, Draws, embed_text, noise_for, to_device
-from model import (PRESETS, DiT, attention, chunk_ids, dense_attention, flex_frame_attention, masked_attention,
+from model import (PRESETS, DiT, attention, chunk_ids, dense_attention, masked_attention,
                    rollout_clip, schedule, teacher_forcing_mask)
 from train_ar import Config, loss_fn
 

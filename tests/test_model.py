@@ -9,12 +9,13 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
 import model as model_py
+from backbones import flex
 from camera import BadInput, Camera, intrinsics, keys_to_poses
 from common import (NEWTON_SCHULZ, Muon, clip_gradients, gate, learning_rate, load_model, make_optimizers, save_model,
                     save_tensors, update_ema)
 from conftest import ROOT
 from model import (PRESETS, DiT, KVCache, ModelConfig, RMSNorm, add_noise, attention, causal_mask, chunk_ids,
-                   dense_attention, flex_frame_attention, mask_rows, masked_attention, rotary_table, rotate,
+                   dense_attention, mask_rows, masked_attention, rotary_table, rotate,
                    sample_clip, schedule, shift_time, teacher_forcing_mask, v_to_x0)
 
 TINY = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=8, text_len=4)
@@ -63,16 +64,16 @@ def test_masked_attention_and_flex_equal_dense(frames, chunk, L):
         for a, b in zip((got, *torch.autograd.grad(got, (q, k, v), dout)), (want, *exact)):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     with torch.no_grad():
-        flex = flex_frame_attention(*(x.float() for x in (q, k, v)), mask)
+        got = flex.flex_frame_attention(*(x.float() for x in (q, k, v)), mask)
         torch.testing.assert_close(masked_attention(q, k, v, mask), want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(flex, want.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, want.float(), rtol=0, atol=1e-5)
 
 
 def test_cuda_takes_flex_attention_with_the_same_mask(monkeypatch):
     """Which path a CUDA tensor takes, asked of one without a memory behind it; the test above says that flex_attention
     agrees."""
     mask, taken = teacher_forcing_mask(chunk_ids(3, 1)), []
-    monkeypatch.setattr(model_py, 'flex_frame_attention', lambda q, k, v, m: taken.append(m) or q)
+    monkeypatch.setattr(flex, 'flex_frame_attention', lambda q, k, v, m: taken.append(m) or q)
     monkeypatch.setattr(model_py, 'masked_attention', lambda *a: pytest.fail('the loop of the CPU'))
     with FakeTensorMode():
         q = torch.empty(1, 12, 2, 64, device='cuda', dtype=torch.bfloat16)

@@ -20,8 +20,8 @@ def test_the_concatenating_decoder_reads_context_and_frame_side_by_side():
         inputs = encoder_inputs(model.cfg, noise(F), torch.rand(2, F), cam)
         past, t_past, camera, mask, pos = inputs.values()
         with torch.no_grad():
-            tokens, _ = model.run_blocks(range(2), past, t_past, text, model.embed_camera(camera, 4, 4), mask, pos, None,
-                                         F + 1)
+            args = past, t_past, text, model.embed_camera(camera, 4, 4), mask, pos, None, F + 1
+            tokens, _ = model.run_blocks(range(2), *args)
             context = model.context_norm(torch.cat([tokens[:, -1:], tokens[:, 1:-1]], 1))
             want = torch.zeros_like(x)
             for i in range(int(own.max()) + 1):

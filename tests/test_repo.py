@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 # tokens a file: what one can read in an evening
-MOST_TOKENS = {'model.py': 8850, 'common.py': 4850, 'camera.py': 2080, 'data.py': 6670, 'stream.py': 6125}
+MOST_TOKENS = {'model.py': 8905, 'common.py': 4920, 'camera.py': 2080, 'data.py': 6670, 'stream.py': 6125}
 STAGES = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py', 'distill_dmd.py']
 FOLDERS = ['worlds', 'backbones', 'papers', 'experiments']
 TOP = [os.path.basename(path) for path in sorted(glob.glob(f'{ROOT}/*.py'))]
@@ -55,7 +55,7 @@ def test_one_can_read_it_in_an_evening():
     sizes = {name: size(name) for name in TOP}
     assert set(TOP) == set(MOST_TOKENS) | set(STAGES)
     assert not {name: n for name, n in sizes.items() if n > MOST_TOKENS.get(name, n)}, sizes
-    assert sum(sizes[name] for name in STAGES) <= 11440, sizes
+    assert sum(sizes[name] for name in STAGES) <= 11320, sizes
     assert sum(sizes.values()) <= 40000, sizes
 
 
