@@ -249,11 +249,11 @@ def guide_the_decoder_alone(model):
     """From now on both branches of guidance share the context of the conditioned one, as in the paper."""
     encode = model.encode
 
-    def encode_conditioned(past, t, text, camera, **options):
+    def encode_conditioned(past, t, text, camera, *rest, **options):
         def first_half_twice(x):
             return None if x is None else torch.cat([x[:len(x) // 2]] * 2)
         shared = CameraEmbedding(*map(first_half_twice, vars(camera).values()))
-        return encode(past, t, first_half_twice(text), shared, **options)
+        return encode(past, t, first_half_twice(text), shared, *rest, **options)
     model.encode = encode_conditioned
 
 
