@@ -718,11 +718,11 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
 
 def shifted(cfg, x, t):
     """What a split network's encoder reads in the places of frames x (B, F, C, H, W) at times t (B, F): the
-    first chunk as it is, and then each frame a chunk later, so that it says nothing of its own place. Where
-    nothing is known: zeros, at t = 1."""
+    first chunk as it is, and each frame behind it a chunk later, so that it says nothing of its own place.
+    Where nothing is known: zeros, at t = 1."""
     n, f = cfg.chunk, cfg.first_chunk
-    later = functional.pad(x, (0, 0, 0, 0, 0, 0, n, -n))[:, f:]
-    t_later = functional.pad(t, (n, -n), value=1.0)[:, f:]
+    later = functional.pad(x[:, f:], (0, 0, 0, 0, 0, 0, n, -n))
+    t_later = functional.pad(t[:, f:], (n, -n), value=1.0)
     return torch.cat([x[:, :f], later], 1), torch.cat([t[:, :f], t_later], 1)
 
 
@@ -950,15 +950,15 @@ class SplitWalk(Walk):
             return
         before, t_before, camera_before = self.pending
         self.pending = None
-        x, t = torch.cat([before, x], 1), torch.cat([t_before, self.times(x, 0)], 1)
-        past, t = shifted(self.cfg, x, t)
         start = self.cache.end + self.cache.gone == 0
         if start:                                  # the places before are not encoded yet
+            x, t = torch.cat([before, x], 1), torch.cat([t_before, self.times(x, 0)], 1)
+            past, t = shifted(self.cfg, x, t)
             camera = camera_before.followed_by(camera)
             again = again and camera_before.followed_by(again)
         else:
-            past, t = past[:, -n:], t[:, -n:]
-            self.cache.end += before.shape[1]
+            past, t = before, t_before
+            self.cache.end += n
         self.encode(n, past, t, camera, again)
         if start:
             self.cache.end = before.shape[1]
