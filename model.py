@@ -8,6 +8,9 @@ One network, `DiT`, plays every role of the recipe. What it is depends only on w
     teacher-forced   teacher_forcing_mask       stages 1 and 2: all chunks of a clip in one pass
     cached           a KVCache                  `rollout`, chunk by chunk; the history of stage 2's teacher
 
+With encoder_blocks it is split (Separable Causal Diffusion, papers/scd.py): the first blocks, the encoder, run
+once a chunk over what came before it; the others, the decoder, run at every step and see their chunk alone.
+
 Conventions, used in every file:
 - Letters: B batch, F latent frames, C channels, H W latent height and width, L tokens a frame, S = F L
   tokens, D width, N heads, Dh head dim; K only for camera intrinsics. Video latents are (B, F, C, H, W).
