@@ -70,10 +70,10 @@ def test_a_walk_equals_one_uncached_pass(chunk, first, given, frames, camera):
 def test_what_the_encoder_reads_in_the_place_of_each_frame():
     x, t = torch.arange(1., 6).view(1, 5, 1, 1, 1), torch.tensor([[.1, .2, .3, .4, .5]])
     past, told = shifted(ModelConfig(chunk=2), x, t)
-    assert past.flatten().tolist() == [1, 0, 0, 2, 3]
-    torch.testing.assert_close(told, torch.tensor([[.1, 1, 1, .2, .3]]))
+    assert past.flatten().tolist() == [1, 0, 1, 2, 3]
+    torch.testing.assert_close(told, torch.tensor([[.1, 1, .1, .2, .3]]))
     inputs = encoder_inputs(ModelConfig(chunk=2), x, t, Camera(torch.eye(4).expand(1, 5, 4, 4), torch.ones(1, 5, 4)))
-    assert inputs['past'].flatten().tolist() == [1, 0, 0, 2, 3, 0] and inputs['pos'] == [0, 1, 2, 3, 4, 0]
+    assert inputs['past'].flatten().tolist() == [1, 0, 1, 2, 3, 0] and inputs['pos'] == [0, 1, 2, 3, 4, 0]
     assert inputs['t_past'][0, -1] == 1 and inputs['camera'].c2w.shape[1] == 6
     assert torch.equal(inputs['mask'], grid('x..... xxx... xxx... xxxxx. xxxxx. .....x'))
 
@@ -90,8 +90,8 @@ def test_a_walk_noises_its_own_frames_and_says_so(monkeypatch):
     monkeypatch.setattr(model, 'encode', record)
     start = torch.randn(2, 1, 16, 4, 4)
     video, *_ = walk(model, 7, start, context=.3)
-    assert len(told) == 3 and torch.equal(told[0][0], torch.cat([start, 0 * start, 0 * start], 1))
-    torch.testing.assert_close(told[0][1], torch.tensor([[0., 1, 1], [0, 1, 1]]))
+    assert len(told) == 3 and torch.equal(told[0][0], torch.cat([start, 0 * start, start], 1))
+    torch.testing.assert_close(told[0][1], torch.tensor([[0., 1, 0], [0, 1, 0]]))
     for (past, t), frames in zip(told[1:], (video[:, 1:3], video[:, 3:5])):
         torch.testing.assert_close(t, torch.full((2, 2), .3))
         noise = (past - .7 * frames) / .3
