@@ -719,6 +719,7 @@ def teacher_forced(net, cfg, batch, x_t, t, t_history=None):
         last=F,                                                       # velocities of the noisy half only
     )
 
+
 def shifted(cfg, x, t):
     """What a split network's encoder reads in the places of frames x (B, F, C, H, W) at times t (B, F): the
     first chunk as it is, and behind it each frame a chunk later, so that it says nothing of its own place.

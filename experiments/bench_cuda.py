@@ -34,7 +34,7 @@ DEVICE = torch.device('cuda')
 def network(layers, dtype=torch.float32, encoder_blocks=0, camera='prope'):
     """The network with so many of its layers, random weights, activation checkpointing on."""
     cfg = replace(PRESETS['wan-1.3b'], num_layers=layers, first_chunk=CHUNK, camera=camera,
-                  encoder_blocks=encoder_blocks, sink=False)
+                  encoder_blocks=encoder_blocks)
     torch.set_default_dtype(dtype)
     with DEVICE:
         model = DiT(cfg)
