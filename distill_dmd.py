@@ -364,8 +364,6 @@ def main(cfg):
         run.dtype = torch.float32              # calls of a rollout are small: casts cost more than they save
     clips, held_out = open_clips(cfg, run)
     nets = start_nets(cfg, run)
-    if cfg.shard == 'fsdp' and nets['generator'].cfg.encoder_blocks:       # a camera's gradient would be lost
-        raise BadInput('--shard fsdp: not for a generator that is split yet: use ddp')
     if run.rank == 0 and not os.path.exists(f'{cfg.out}/dmd.resume.safetensors'):
         gate_before(nets, cfg, held_out, run)
     if run.world > 1 and cfg.shard != 'ddp':   # under ddp step_on averages the gradients

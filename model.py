@@ -935,38 +935,35 @@ class SplitWalk(Walk):
     """The walk of a split network. The encoder reads the newest chunk, once, in the place of the next, which
     also writes its keys and values; the decoder needs no cache."""
 
-    def encode(self, n, past, t, camera, again):
-        """The context of the last n frames. again: the camera for a second pass with gradient, in which the
-        cache is only read."""
+    def encode(self, n, past, t, camera, placed):
+        """The context of the last n frames. placed: their Camera in training, for a second pass with gradient,
+        in which the cache is only read."""
         if self.guidance != 1:
             past = torch.cat([past, past])
-        mask = self.mask(past.shape[1])
         with torch.no_grad():
+            mask = self.mask(past.shape[1])
             context = self.model.encode(past, t, self.text, camera, mask, cache=self.cache)
-        if again:
-            context = self.model.encode(past, t, self.text, again, mask, cache=self.cache)
+        self.cache.end += past.shape[1] - n
+        if placed:
+            past, t = past[:, -n:], t[:, -n:]
+            context = self.model.encode(past, t, self.text, placed, self.mask(n), cache=self.cache)
         self.context = context[:, -n:]
 
-    def read(self, x, camera, again=None):
-        """Before the chunk x is generated. again: its camera, embedded with gradient, in training."""
+    def read(self, x, camera, placed=None):
+        """Before the chunk x is generated. placed: in training, its Camera, which learns too."""
         n = x.shape[1]
         if self.pending is None:                   # the first chunk: nothing is known
-            self.encode(n, torch.zeros_like(x), self.times(x, 1), camera, again)
+            self.encode(n, torch.zeros_like(x), self.times(x, 1), camera, placed)
             return
-        before, t_before, camera_before = self.pending
+        past, t, camera_past = self.pending
         self.pending = None
-        start = self.cache.end + self.cache.gone == 0
-        if start:                                  # the places before are not encoded yet
-            x, t = torch.cat([before, x], 1), torch.cat([t_before, self.times(x, 0)], 1)
+        if self.cache.end + self.cache.gone == 0:  # the places before are not encoded yet
+            x, t = torch.cat([past, x], 1), torch.cat([t, self.times(x, 0)], 1)
             past, t = shifted(self.cfg, x, t)
-            camera = camera_before.followed_by(camera)
-            again = again and camera_before.followed_by(again)
+            camera = camera_past.followed_by(camera)
         else:
-            past, t = before, t_before
             self.cache.end += n
-        self.encode(n, past, t, camera, again)
-        if start:
-            self.cache.end = before.shape[1]
+        self.encode(n, past, t, camera, placed)
 
     @torch.no_grad()
     def encode_again(self, x, t, camera):
@@ -1009,10 +1006,10 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
         with torch.no_grad():
             embedded = model.embed_camera(placed, *x.shape[-2:])
 
-        training = exit_step is not None and torch.is_grad_enabled() and not given
         # the calls with gradient embed the camera again, so that these weights learn too
+        training = exit_step is not None and torch.is_grad_enabled() and not given
         if model.cfg.encoder_blocks and not given:
-            walk.read(x, embedded, model.embed_camera(placed, *x.shape[-2:]) if training else None)
+            walk.read(x, embedded, placed if training else None)
 
         # denoise, unless the chunk is given
         plan = first_times if opening and first_times is not None else times
