@@ -936,8 +936,8 @@ class SplitWalk(Walk):
     also writes its keys and values; the decoder needs no cache."""
 
     def encode(self, n, past, t, camera, placed):
-        """The context of the last n frames. placed: their Camera in training, for a second pass with gradient,
-        in which the cache is only read."""
+        """The context of the last n frames. placed: their Camera in training, for a second pass that carries
+        gradient and only reads the cache."""
         if self.guidance != 1:
             past = torch.cat([past, past])
         with torch.no_grad():
