@@ -35,8 +35,8 @@ from common import (Log, clip_gradients, command_line, describe, find_checkpoint
                     learning_rate, load_model, load_resume, load_tensors, make_header, save_model,
                     save_resume, score, setup, shard, update_ema)
 from data import Batch, get_batch, noise_for, open_clips, path_metrics, psnr, write_strip
-from model import (add_noise, chunk_ids, null_condition, rollout, rollout_clip, sample_clip, schedule,
-                   shift_time, v_to_x0)
+from model import (add_noise, chunk_ids, null_condition, rollout, rollout_clip, schedule, shift_time,
+                   v_to_x0)
 
 
 @dataclass
@@ -275,7 +275,7 @@ def picture_metrics(video, truth, decoded):
     return {**lively, 'fd': fd, 'fd_floor': distance(decoded), 'score': fd + .1 * penalty}
 
 # -----------------------------------------------------------------------------
-# evaluate: rollouts along held-out paths in a few steps. Before training: is the real score any better?
+# evaluate: rollouts along held-out paths in a few steps.
 
 @torch.inference_mode()
 def evaluate(model, cfg, clips, device, strip=None, before=None):
@@ -314,26 +314,6 @@ def evaluate(model, cfg, clips, device, strip=None, before=None):
         write_strip(strip, truth[:6], video[:6], most=cfg.frames)
     return metrics
 
-
-@torch.inference_mode()
-def gate_before(nets, cfg, clips, run):
-    """Say whether whole clips of the real score, in 16 steps, look better than the student's rollouts."""
-    model = nets['real']
-    n = min(cfg.eval_clips, len(clips))
-    batch = get_batch(clips, 0, n, cfg.frames, model.cfg, cfg.seed, run.device)
-    decode = clips.codec(run.device).decode
-    times = schedule(16, model.cfg.shift)
-    video = decode(sample_clip(model, batch.eps, batch.text, batch.camera, times, batch.x0[:, :1]))
-    real = picture_metrics(video, clips.truth(n, cfg.frames).to(run.device), decode(batch.x0))
-    student = evaluate(nets['generator'], cfg, clips, run.device, before=0)
-    sharper = abs(1 - real['sharpness']) < abs(1 - student['sharpness'])
-    ok = real['fd'] < student['fd'] and sharper
-    said = [f'fd {x["fd"]:.3f}, sharpness {x["sharpness"]:.2f}' for x in (real, student)]
-    run.say(f'gate before: {"PASS" if ok else "FAIL"} real score, 16 steps: {said[0]}; student: {said[1]}; '
-            f'the floor of fd is {real["fd_floor"]:.3f}')
-    if not ok:
-        run.say('  DMD pulls the student towards the real score: train the stage-0 model longer')
-
 # -----------------------------------------------------------------------------
 # the three networks: from --init and --score; where a default is not there, from checkpoints/
 
@@ -364,8 +344,6 @@ def main(cfg):
         run.dtype = torch.float32              # calls of a rollout are small: casts cost more than they save
     clips, held_out = open_clips(cfg, run)
     nets = start_nets(cfg, run)
-    if run.rank == 0 and not os.path.exists(f'{cfg.out}/dmd.resume.safetensors'):
-        gate_before(nets, cfg, held_out, run)
     if run.world > 1 and cfg.shard != 'ddp':   # under ddp step_on averages the gradients
         for name, net in nets.items():
             shard(net, cfg.shard, cfg.offload and name == 'real')
