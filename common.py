@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from camera import BadInput
-from model import PRESETS, DiT, ModelConfig
+from model import PRESETS, ModelConfig
 
 # -----------------------------------------------------------------------------
 # the command line of every script
@@ -249,7 +249,7 @@ def make_optimizers(model, lr, muon, betas, dtype, weight_decay=0.01):
     """AdamW for all parameters or, with muon, Muon for the matrices of the blocks and AdamW for the rest."""
     hidden, rest = [], []
     for name, p in model.named_parameters():
-        chosen = hidden if muon and name.startswith('blocks') and p.ndim == 2 else rest
+        chosen = hidden if muon and 'blocks.' in name and p.ndim == 2 else rest
         chosen.append(p)
     if any(hasattr(p, 'full_tensor') for p in hidden):
         raise BadInput('--shard fsdp: Muon needs whole matrices: add --muon False')
@@ -419,10 +419,19 @@ def new_model(cfg, default, run, **settings):
     default: as that is not there, it may be a slip."""
     if cfg.init not in (default, 'none'):
         raise BadInput(f'--init {cfg.init}: no such file; none, in its place, starts from scratch')
-    if cfg.preset not in PRESETS:
-        raise BadInput(f'--preset {cfg.preset}: choose one of {", ".join(PRESETS)}')
+    preset = find_preset(cfg.preset)
     run.say('start from scratch')
-    return DiT(replace(PRESETS[cfg.preset], **settings)).to(run.device)
+    return replace(preset, **settings).build().to(run.device)
+
+
+def find_preset(name):
+    """The config of a preset, of this network or of HunyuanVideo's (hy...)."""
+    presets = PRESETS
+    if name.startswith('hy'):
+        from backbones.hunyuan import PRESETS as presets
+    if name not in presets:
+        raise BadInput(f'--preset {name}: choose one of {", ".join(presets)}')
+    return presets[name]
 
 
 def save_model(path, state, cfg, **meta):
@@ -441,9 +450,12 @@ def config_from_header(header):
     saved = dict(header.get('model', {}))
     if 'first' in saved:                                       # the name of first_chunk in older files
         saved['first_chunk'] = saved.pop('first')
-    if not saved or saved.keys() - {f.name for f in fields(ModelConfig)}:
+    kind = ModelConfig
+    if 'glyph_len' in saved:
+        from backbones.hunyuan import HunyuanConfig as kind
+    if not saved or saved.keys() - {f.name for f in fields(kind)}:
         return None
-    cfg = ModelConfig(**saved)
+    cfg = kind(**saved)
     return cfg if possible(cfg) else None
 
 
@@ -451,7 +463,7 @@ def possible(cfg):
     """Can a network have these settings? A file may have been changed by hand."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        least = 0 if f.name in ('camera_freqs', 'encoder_blocks') else 1e-12
+        least = 0 if f.default == 0 or f.name == 'camera_freqs' else 1e-12
         if type(value) is not f.type or f.type in (int, float) and not least <= value <= 2 ** 16:
             return False
     rotates = cfg.dim % (2 * cfg.num_heads) == 0               # pairs of channels
@@ -472,7 +484,7 @@ def load_model(path, device='cpu', dtype=torch.float32, chunks=None):
         tensors, header = open_weights(path)
         cfg = find_config(path, tensors, header, chunks)
     with torch.device('meta'):
-        model = DiT(cfg)
+        model = cfg.build()
     state = {name: read().to(device, dtype, copy=True) for name, read in tensors.items()}
     try:
         model.load_state_dict(state, assign=True)
@@ -649,7 +661,7 @@ def score(evaluate, cfg, stage, run, model, ema, clips, log, step):
     state = {name: whole(x) for name, x in ema.items()}
     metrics = {}
     if run.rank == 0:
-        average = DiT(model.cfg).to(run.device)
+        average = model.cfg.build().to(run.device)
         average.load_state_dict(state)
         metrics = evaluate(average, cfg, clips, run.device, f'{cfg.out}/{stage}.png')
         text = ', '.join(f'{name} {value:.3f}' for name, value in metrics.items())

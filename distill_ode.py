@@ -33,7 +33,7 @@ from common import (Log, Meter, checksum, clip_gradients, command_line, describe
                     save_stage, save_tensors, score, setup, shard, sync_gradients, take_step, update_ema,
                     write_json)
 from data import Clips, batches, get_batch, load_manifest, noise_for, open_clips, path_metrics, write_strip
-from model import (KVCache, add_noise, causal_mask, chunk_ids, encoder_inputs, null_condition, rollout_clip,
+from model import (add_noise, causal_mask, chunk_ids, encoder_inputs, null_condition, rollout_clip,
                    schedule, teacher_forced, teacher_forcing_mask, v_to_x0)
 
 
@@ -116,7 +116,8 @@ def ode_states(model, batch, level, times, at, guidance=1.0, over='camera'):
         context = model.encode_clip(text, encoder_inputs(model.cfg, history, level, camera))
         options = dict(mask=causal_mask(ids), context=context)
     else:
-        cache = KVCache(model.cfg, len(text), 2 * F, H * W // model.cfg.patch ** 2, history.device)
+        L = H * W // model.cfg.patch ** 2
+        cache = model.cache_type(model.cfg, len(text), 2 * F, L, history.device)
         model(history, level, text, camera, causal_mask(ids), cache=cache)
         cache.end = F
         options = dict(mask=teacher_forcing_mask(ids)[F:], pos=range(F), cache=cache)

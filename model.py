@@ -68,6 +68,10 @@ class ModelConfig:
     eviction: str = 'chunks'      # how old frames leave a walk's window: chunks | frames, as minWM (see Walk)
     encoder_blocks: int = 0       # split network: so many blocks run once a chunk, the rest at every step
 
+    def build(self):
+        """A new network of this config. The configs of other networks are in backbones/."""
+        return DiT(self)
+
 
 WAN = dict(text_dim=4096, text_len=512, chunk=4, shift=5.0)
 PRESETS = {                       # parameters without the camera: 0.1 M (tests), 3.4 M, 3.7 M, 1.42 B, 14.3 B
@@ -306,8 +310,11 @@ class KVCache:
         keys = self.kv[0, :self.layers, :, :n]     # a sink stays where it is; PRoPE's keys are not rotated
         if self.sink is None:                      # always from there, so that rounding does not add up
             self.sink = keys.clone()
-        turn = rotary_table((self.gone,), 1, 1, keys.shape[-1], keys.device)
-        keys.copy_(rotate(self.sink, turn))
+        keys.copy_(rotate(self.sink, self.turn(self.gone, keys.shape[-1], keys.device)))
+
+    def turn(self, frames, Dh, device):
+        """How a key is rotated that moves on by so many frames."""
+        return rotary_table((frames,), 1, 1, Dh, device)
 
 # -----------------------------------------------------------------------------
 # the transformer, under Wan2.1's parameter names
@@ -321,10 +328,10 @@ def sinusoid(t, dim):
 
 
 @functools.lru_cache(maxsize=256)
-def axis_turns(positions, n):
+def axis_turns(positions, n, base=10000):
     """How each of n pairs of channels turns at each position of an axis: unit complex numbers
-    (len(positions), n), complex64, of base 10000."""
-    spectrum = 10000 ** (-torch.arange(n, dtype=torch.float64) / n)
+    (len(positions), n), complex64."""
+    spectrum = base ** (-torch.arange(n, dtype=torch.float64) / n)
     angle = torch.tensor(positions, dtype=torch.float64)[:, None] * spectrum
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
@@ -504,6 +511,7 @@ class CameraEmbedding:
 class DiT(nn.Module):
     """The network v(x_t, t, text, camera). One class is bidirectional, causal, teacher-forced or cached: that
     is up to the mask, the positions and the cache it is called with."""
+    cache_type = KVCache
 
     def __init__(self, cfg):
         super().__init__()
@@ -653,7 +661,7 @@ class DiT(nn.Module):
 
 def rebuilt(model, **settings):
     """The same weights in a network of other settings; what those add is as at the start of training."""
-    new = DiT(replace(model.cfg, **settings)).to(model.head.head.weight)
+    new = replace(model.cfg, **settings).build().to(next(model.parameters()))
     new.load_state_dict(model.state_dict(), strict=False)
     return new
 
@@ -795,7 +803,7 @@ class Walk:
         frames = self.window
         if self.by_frames:                         # a call holds one chunk's window and the next chunk
             frames += self.cfg.chunk
-        self.cache = KVCache(self.cfg, len(self.text), frames, L, x.device, dtype)
+        self.cache = self.model.cache_type(self.cfg, len(self.text), frames, L, x.device, dtype)
         self.origin = camera.c2w[:, 0]
 
     def place(self, camera, before):

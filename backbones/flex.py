@@ -19,6 +19,20 @@ def flex_mask(rows, Lq, Lk, device):
     return create_block_mask(allowed, None, None, mask.shape[0] * Lq, mask.shape[1] * Lk, device)
 
 
+def flex_joint_mask(valid, rows, L):
+    """The same for frames of L tokens that see words, of which there are `valid` (B, T), and frames."""
+    B, T = valid.shape
+    mask = torch.tensor(rows, device=valid.device)
+
+
+    def allowed(batch, head, query, key):
+        word = valid[batch, key.clamp(max=T - 1)]
+        frame = mask[query // L, (key - T).clamp(min=0) // L]
+        return torch.where(key < T, word, frame)
+    queries, frames = mask.shape
+    return create_block_mask(allowed, B, None, queries * L, T + frames * L, valid.device)
+
+
 @functools.cache
 def flex_kernel(device_type):
     return torch.compile(flex_attention, dynamic=False) if device_type == 'cuda' else flex_attention

@@ -16,6 +16,9 @@ apart by what is in them. Their tensors have the same shapes and meanings; names
     minWM, Self-Forcing,    a .pt, which may hold the weights twice (the EMA is taken) and may wrap the names
     Causal-Forcing
 
+Networks of HunyuanVideo-1.5 (also HY-WorldPlay's and minWM's) come in the first three of these containers:
+backbones/hunyuan_layouts.py.
+
 A config.json beside the weights says what no tensor tells: num_heads, text_len, and the number of latents
 that are denoised together (chunk, or Self-Forcing's num_frame_per_block).
 
@@ -38,8 +41,11 @@ from dataclasses import asdict, replace
 import torch
 
 from camera import BadInput
-from common import config_from_header, load_model, open_tensors, save_model, save_tensors, write_json
-from model import PRESETS, DiT, ModelConfig
+from backbones.hunyuan import PRESETS as HUNYUAN_PRESETS
+from backbones.hunyuan_layouts import hunyuan_config, hunyuan_flops, hunyuan_names, is_hunyuan
+from common import (config_from_header, find_preset, load_model, open_tensors, save_model, save_tensors,
+                    write_json)
+from model import PRESETS, ModelConfig
 
 # -----------------------------------------------------------------------------
 # which files
@@ -197,6 +203,9 @@ RENAMED = [                           # (pattern, replacement), applied in this 
 ]
 
 
+FIRST = r'patch_embedding\.weight|img_in\.proj\.weight|x_embedder\.proj\.weight'     # one is in each network
+
+
 def wan_name(name):
     """A parameter's name in any of the layouts -> its name in Wan2.1, which is ours."""
     for pattern, replacement in RENAMED:
@@ -208,7 +217,7 @@ def unwrap(path, tensors):
     """The network's tensors by their own names: without what stands before all of them, such as minWM's
     model. and ComfyUI's model.diffusion_model., and without what such a prefix does not stand before."""
     tensors = {re.sub(WRAPPERS, '', name): read for name, read in tensors.items()}
-    found = [re.fullmatch(r'(.*\.|)patch_embedding\.weight', name) for name in tensors]
+    found = [re.fullmatch(rf'(.*\.|)({FIRST})', name) for name in tensors]
     prefixes = [match[1] for match in found if match] or ['']
     if len(prefixes) > 1:
         raise BadInput(f'{path}: holds several networks, {", ".join(prefixes)}: save one of them alone; of a '
@@ -238,6 +247,8 @@ def open_weights(path):
     if os.path.exists(beside):
         header['config'] = header.get('config', {}) | read_json(beside)
     tensors = unwrap(path, tensors)
+    if not tensors.keys().isdisjoint(('img_in.proj.weight', 'x_embedder.proj.weight')):
+        return hunyuan_names(tensors), header
     return {wan_name(name): read for name, read in tensors.items()}, header
 
 
@@ -251,6 +262,8 @@ def find_config(path, tensors, header, chunks=None):
     if 'camera_freqs' in header.get('model', {}):
         raise BadInput(f'{path}: its settings are damaged, or of another version of this code: get that, '
                        'or make it again')
+    if 'img_in.proj.weight' in tensors:
+        return hunyuan_config(path, tensors, config, find_chunk(path, tensors, config, chunks))
     try:
         dim, in_dim, _, patch, _ = tensors['patch_embedding.weight']().shape
         ffn_dim, _ = tensors['blocks.0.ffn.0.weight']().shape
@@ -289,7 +302,7 @@ def find_config(path, tensors, header, chunks=None):
 
 def has_prope(tensors):
     """Does it have minWM's second attention, which sees the cameras?"""
-    return any('prope_o' in name for name in tensors)
+    return any('prope_o' in name or 'prope_proj' in name for name in tensors)
 
 
 def count_heads(path, dim, config):
@@ -361,6 +374,8 @@ def save_wan(folder, model):
 def flops(cfg, frames, L, keys):
     """Floating-point operations of one forward pass of `frames` frames of L tokens that attend to `keys`
     frames each. A multiplication with its addition counts two; only matrix products are counted."""
+    if is_hunyuan(cfg):
+        return hunyuan_flops(cfg, frames, L, keys)
     D = cfg.dim
     S = frames * L
     attentions = 2 if 'prope' in cfg.camera else 1                 # PRoPE attends a second time
@@ -392,7 +407,7 @@ def forced_flops(cfg, F, L):
     keys = pairs / 2 / (h + F)
     linear = 4 * D * D + 2 * D * cfg.ffn_dim
     scores = ((h + cfg.chunk) * L + 2 * cfg.text_len) * D
-    left_out = h * L * (linear + scores)
+    left_out = 0 if is_hunyuan(cfg) else h * L * (linear + scores)
     return flops(cfg, h + F, L, keys) - 2 * left_out
 
 def split_flops(cfg, frames, L, keys, steps):
@@ -409,6 +424,8 @@ def chunk_flops(cfg, steps, L, keys):
     """The same for a streamed chunk. A dense network runs once more than its steps, for the cache."""
     if cfg.encoder_blocks:
         return split_flops(cfg, cfg.chunk, L, keys, steps)
+    if is_hunyuan(cfg):
+        return (steps + 1) * hunyuan_flops(cfg, cfg.chunk, L, keys, words=False)
     return (steps + 1) * flops(cfg, cfg.chunk, L, keys)
 
 # -----------------------------------------------------------------------------
@@ -416,7 +433,7 @@ def chunk_flops(cfg, steps, L, keys):
 
 def preset_name(cfg):
     """Which preset has these sizes?"""
-    for name, preset in PRESETS.items():
+    for name, preset in (PRESETS | HUNYUAN_PRESETS).items():
         if (preset.dim, preset.ffn_dim, preset.num_layers) == (cfg.dim, cfg.ffn_dim, cfg.num_layers):
             return name
     return 'of its own'
@@ -424,7 +441,8 @@ def preset_name(cfg):
 
 def print_cost(cfg, parameters, args):
     """Arithmetic and memory of training on clips and of streaming, at the sizes of the command line."""
-    L = args.height * args.width // 64 // cfg.patch ** 2
+    across = 16 if cfg.in_dim == 32 else 8                         # pixels: HunyuanVideo-1.5's latents, Wan's
+    L = args.height * args.width // across ** 2 // cfg.patch ** 2
     attentions = 2 if 'prope' in cfg.camera else 1
     chunk = chunk_flops(cfg, args.steps, L, .75 * args.window)     # the window is between half full and full
     full = flops(cfg, args.frames, L, args.frames)
@@ -454,9 +472,9 @@ def print_cost(cfg, parameters, args):
 def main(args):
     """Describe a checkpoint or preset: size, memory and arithmetic, all computed, none measured. --out writes
     it in another layout."""
-    if args.ckpt in PRESETS:
+    if args.ckpt in PRESETS | HUNYUAN_PRESETS:
         with torch.device('cpu' if args.out else 'meta'):          # meta: shapes without memory
-            model = DiT(PRESETS[args.ckpt])
+            model = find_preset(args.ckpt).build()
         header = {'stage': 'none', 'step': 0}
         stored = ''
     else:
