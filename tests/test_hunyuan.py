@@ -1,21 +1,36 @@
 """HunyuanVideo-1.5's network: against diffusers' own, naive loops, and uncached passes."""
 import dataclasses
+import glob
+import json
 import math
+import os
 
 import imageio.v3 as iio
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from backbones.flex import flex_joint_mask
 from backbones.hunyuan import PRESETS, HunyuanCache, MMDiT
 from backbones.hunyuan_layouts import hunyuan_config, hunyuan_names
+from backbones.hunyuan_words import attend, joint_bias
+from backbones.layouts import flops
+from backbones.worldplay import action_labels
 import test_cache
-from camera import Camera, intrinsics, keys_to_poses
+from camera import BadInput, Camera, intrinsics, keys_to_poses, moves
 from common import load_model, load_tensors
 from conftest import FLAGS, SMALL, dmd_args, run
+from model import causal_mask, chunk_ids, mask_rows, teacher_forcing_mask, token_bias
 from test_stages import losses
 
 TINY = dataclasses.replace(PRESETS['hy-tiny'], text_dim=48, text_len=14, image_len=4, image_dim=16, glyph_len=3,
                            glyph_dim=24)
+
+DIFFUSERS = dict(in_channels=33, out_channels=16, num_attention_heads=2, attention_head_dim=32, num_layers=2,
+                 num_refiner_layers=2, mlp_ratio=2., patch_size=1, text_embed_dim=48, text_embed_2_dim=24,
+                 image_embed_dim=16, rope_axes_dim=(4, 14, 14))
 
 
 def tiny_model(seed=0, **settings):
@@ -42,10 +57,7 @@ def prompt(cfg, words=(4, 6), letters=(2, 0), image=(True, False)):
 @pytest.mark.parametrize('picture', [True, False])
 def test_it_equals_diffusers(picture, monkeypatch):
     diffusers = pytest.importorskip('diffusers')
-    theirs = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=33, out_channels=16, num_attention_heads=2, attention_head_dim=32, num_layers=2, mlp_ratio=2.,
-        num_refiner_layers=2, patch_size=1, text_embed_dim=48, text_embed_2_dim=24, image_embed_dim=16,
-        rope_axes_dim=(4, 14, 14))
+    theirs = diffusers.HunyuanVideo15Transformer3DModel(**DIFFUSERS)
     torch.manual_seed(0)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -.5 if p.ndim > 1 else .3)
@@ -72,6 +84,24 @@ def test_it_equals_diffusers(picture, monkeypatch):
         monkeypatch.setattr(type(ours), 'frames_in', lambda self, x, t, pos: torch.cat([x, given], 2))
         got = ours(x, t[:, None].expand(B, F), text)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+def test_a_gpus_mask_equals_the_bias():
+    """flex_attention, as training on a GPU takes it, and one attention after the other."""
+    L, mask = 4, teacher_forcing_mask(chunk_ids(3, 1))
+    valid = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    q = torch.randn(2, 6 * L, 2, 32)
+    k, v = (torch.randn(2, 5 + 6 * L, 2, 32) for _ in range(2))
+    with torch.no_grad():
+        got = attend(q, k, v, flex_joint_mask(valid, mask_rows(mask), L))
+        want = attend(q, k, v, joint_bias(valid, token_bias(mask, L, L), 6 * L))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    for row, n in enumerate((5, 2)):               # and by hand: each query with the keys that it may see
+        for query in range(6):
+            keys = [*range(n), *(5 + L * frame + i for frame in range(6) if mask[query, frame] for i in range(L))]
+            here = slice(query * L, query * L + L)
+            scores = torch.einsum('qnd,knd->nqk', q[row, here], k[row, keys]) / 32 ** .5
+            by_hand = torch.einsum('nqk,knd->qnd', scores.softmax(-1), v[row, keys])
+            torch.testing.assert_close(want[row, here], by_hand, rtol=0, atol=1e-5)
 
 # -----------------------------------------------------------------------------
 # the cache: the tests of tests/test_cache.py, with this network
@@ -157,6 +187,143 @@ def test_another_prompt_in_the_middle_of_a_walk():
         fresh.kv, fresh.end = walk.kv, 2
         assert torch.equal(after, model(x[:, 2:], t[:, 2:], second, camera.frames([2]), cache=fresh))
     assert (before - after).abs().max() > .01
+
+def test_actions_are_the_keys_that_were_held():
+    """Right is 3 and left is 4, also where HunyuanVideo's inference has them swapped; i looks up."""
+    keys = {'w': 9, 's': 18, 'd': 27, 'a': 36, 'wd': 45, 'wa': 54, 'sd': 63, 'sa': 72,
+            'l': 1, 'j': 2, 'i': 3, 'k': 4, 'li': 5, 'lk': 6, 'ji': 7, 'jk': 8, 'wl': 10, 'sajk': 80}
+    c2w = keys_to_poses(','.join(keys))[None]
+    assert action_labels(moves(c2w))[0].tolist() == [0, *keys.values()]
+
+
+def test_actions_enter_every_block_and_can_be_dropped():
+    model = tiny_model(camera='action')
+    x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), prompt(TINY)
+    c2w = torch.stack([keys_to_poses(keys) for keys in ('w*2', 'wl*2')])
+    camera = Camera(c2w, intrinsics(90, 1).expand(2, 3, 4), torch.tensor([True, False]))
+    with torch.no_grad():
+        with_actions, without = model(x, t, text, camera), model(x, t, text)
+    assert torch.equal(with_actions[1], without[1]) and (with_actions[0] - without[0]).abs().max() > .1
+
+
+def test_a_dropped_camera_is_none():
+    model = tiny_model(camera='plucker+prope+action')
+    x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), prompt(TINY)
+    c2w = torch.stack([keys_to_poses(keys) for keys in ('w*2', 'wl*2')])
+    off = Camera(c2w, intrinsics(90, 1).expand(2, 3, 4), torch.zeros(2, dtype=torch.bool))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, text, off), model(x, t, text), rtol=0, atol=1e-5)
+
+
+def test_frame_0_is_given_if_it_is_clean_and_no_other():
+    model = tiny_model()
+    x = torch.randn(2, 3, 16, 4, 4)
+    t = torch.tensor([[0, 0, .4], [.2, 0, 0]])
+    channels = model.frames_in(x, t, [0, 1, 2])
+    assert torch.equal(channels[:, :, :16], x) and torch.equal(channels[0, 0, 16:32], x[0, 0])
+    assert channels[:, :, 32].amax((2, 3)).tolist() == [[1, 0, 0], [0, 0, 0]] and channels[0, 0, 32].min() == 1
+    assert not channels[0, 1:, 16:].any() and not channels[1, :, 16:].any()
+    assert not model.frames_in(x, t, [4, 5, 6])[:, :, 16:].any()
+
+
+def test_the_empty_prompt_is_one_word():
+    """Alone or in a batch, whole or causal; it differs from every other prompt."""
+    model = tiny_model(camera='none')
+    x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), prompt(TINY)
+    text[1] = 0
+    for mask in (None, causal_mask(chunk_ids(3, 1))):
+        with torch.no_grad():
+            both = model(x, t, text, mask=mask)
+            alone = model(x[1:], t[1:], text[1:], mask=mask)
+            other = model(x[1:], t[1:], text[:1], mask=mask)
+        torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-5)
+        assert (alone - other).abs().max() > .1
+
+
+def test_a_gradient_on_top_of_a_cache_that_goes_on():
+    """With --checkpoint the blocks compute again when the walk has long written to the cache's places."""
+    x, text = torch.randn(2, 4, 16, 4, 4), prompt(TINY)
+    grads = []
+    for again in (False, True):
+        model = tiny_model(camera='none')
+        model.checkpoint = again
+        cache = HunyuanCache(model.cfg, 2, 4, 4, 'cpu')
+        with torch.no_grad():
+            model(x[:, :2], torch.zeros(2, 2), text, cache=cache)
+            cache.end = 2
+        loss = model(x[:, 2:3], torch.full((2, 1), .5), text, cache=cache).square().mean()
+        with torch.no_grad():
+            cache.kv.mul_(.5)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+# -----------------------------------------------------------------------------
+# files
+
+@pytest.mark.parametrize('camera', ['none', 'prope', 'prope+action'])
+def test_files_of_hunyuanvideo_worldplay_and_minwm(camera, tmp_path):
+    """checkpoint-N/transformer, as minWM's and HY-WorldPlay's trainings leave it; what is more than the base says so."""
+    model = tiny_model(camera=camera, patch=1, chunk=4, first_chunk=4, shift=5., eviction='frames')
+    folder = tmp_path / 'checkpoint-6000' / 'transformer'
+    os.makedirs(folder)
+    save_file(model.state_dict(), folder / 'diffusion_pytorch_model.safetensors')
+    sizes = dict(text_len=14, image_len=4, glyph_len=3, _class_name='HunyuanVideo_1_5_DiffusionTransformer')
+    (folder / 'config.json').write_text(json.dumps(sizes))
+    for path in (folder, folder.parent, folder / 'diffusion_pytorch_model.safetensors'):
+        loaded, header = load_model(str(path))
+        assert loaded.cfg == model.cfg and header['stage'] == 'wan'
+        assert all(torch.equal(x, model.state_dict()[name]) for name, x in loaded.state_dict().items())
+    assert f'camera {camera}' in run('backbones.layouts', folder)
+
+
+def test_files_of_diffusers(tmp_path):
+    """A whole repository, in shards; halves and parts that it keeps in another order."""
+    diffusers = pytest.importorskip('diffusers')
+    theirs = diffusers.HunyuanVideo15Transformer3DModel(**DIFFUSERS)
+    theirs.save_pretrained(tmp_path / 'transformer', max_shard_size='1MB')
+    assert len(glob.glob(f'{tmp_path}/transformer/*.safetensors')) > 3
+    model, _ = load_model(str(tmp_path))
+    assert model.cfg.text_len == 729 + 256 + 1000 and model.cfg.num_heads == 2
+    state = hunyuan_names({name: x.clone for name, x in theirs.state_dict().items()})
+    assert all(torch.equal(x, state[name]()) for name, x in model.state_dict().items())
+
+
+def test_a_pt_of_minwm_and_what_does_not_fit(tmp_path):
+    model = tiny_model(camera='prope', patch=1, chunk=4, first_chunk=4, shift=5., eviction='frames')
+    state = {f'model._fsdp_wrapped_module.{name}': x for name, x in model.state_dict().items()}
+    (tmp_path / 'config.json').write_text(json.dumps(dict(text_len=14, image_len=4, glyph_len=3)))
+    torch.save({'generator_ema': state}, tmp_path / 'model.pt')
+    loaded, _ = load_model(str(tmp_path / 'model.pt'))
+    assert loaded.cfg == model.cfg
+    lost = dict(model.state_dict())
+    del lost['double_blocks.1.txt_mlp.fc2.bias']
+    save_file(lost, tmp_path / 'lost.safetensors')
+    with pytest.raises(BadInput, match='double_blocks.1.txt_mlp.fc2.bias'):
+        load_model(str(tmp_path / 'lost.safetensors'))
+    lost['img_in.proj.weight'] = lost['img_in.proj.weight'][:, :16].contiguous()
+    save_file(lost, tmp_path / 'channels.safetensors')
+    with pytest.raises(BadInput, match='takes 16 channels, no noisy latent, given one and mask'):
+        load_model(str(tmp_path / 'channels.safetensors'))
+
+
+def test_its_size_is_hunyuanvideos():
+    """The counts of the real files: base, with PRoPE and actions."""
+    for camera, parameters, tensors in (('none', 8326608160, 1793), ('prope+action', 8557933856, 1905)):
+        with torch.device('meta'):
+            model = dataclasses.replace(PRESETS['hy1.5-8b'], camera=camera).build()
+        assert sum(p.numel() for p in model.parameters()) == parameters and len(model.state_dict()) == tensors
+
+
+@pytest.mark.parametrize('camera', ['none', 'prope'])
+def test_the_predicted_arithmetic_is_torchs_own_count(camera):
+    model = tiny_model(camera=camera, image_len=0, glyph_len=0)
+    text, c2w = torch.randn(1, TINY.text_len, TINY.text_dim), torch.eye(4).expand(1, 5, 4, 4)
+    camera = Camera(c2w, torch.ones(1, 5, 4))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 5, 16, 4, 4), torch.rand(1, 5), text, camera, causal_mask(chunk_ids(5, 1)))
+    assert counter.get_total_flops() == pytest.approx(flops(model.cfg, 5, 4, 5), rel=.02)
 
 # -----------------------------------------------------------------------------
 # the recipe
