@@ -127,12 +127,16 @@ def start_model(cfg, run):
     path = None if cfg.camera == 'none' else find_checkpoint(cfg.init, Config.init)
     if path:
         model, header = load_model(path, run.device)
-        if model.cfg.camera == 'none':
+        learned = model.cfg.camera
+        run.say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {learned}')
+        if learned == 'none':
             model = rebuilt(model, camera=cfg.camera)                      # its weights are zero
-        elif cfg.camera not in (Config.camera, model.cfg.camera):
-            raise BadInput(f'--camera {cfg.camera}: {path} has learned {model.cfg.camera} already: name a '
-                           'base model, --init')
-        run.say(f'start from {path}: {header["stage"]}, {header["step"]} steps, camera {model.cfg.camera}')
+        elif cfg.camera not in (Config.camera, learned):                   # the default: as it is
+            if not set(cfg.camera.split('+')) < set(learned.split('+')):
+                raise BadInput(f'--camera {cfg.camera}: {path} has learned {learned} already: name a base '
+                               'model, --init')
+            model = rebuilt(model, camera=cfg.camera)
+            run.say(f'of its cameras only {cfg.camera} is kept')
         if cfg.sink:
             model.cfg.sink, model.cfg.eviction = True, 'chunks'            # as it is trained here
         return model

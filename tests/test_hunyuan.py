@@ -376,3 +376,23 @@ def test_two_processes_equal_one(hunyuan_chain, data, tmp_path):
     a, b, c = (load_tensors(f'{tmp_path}/{d}/dmd.resume.safetensors')[0] for d in ('one', 'two', 'fsdp'))
     for k in a:
         assert (a[k] - b[k]).abs().max() < 1e-4 and (a[k] - c[k]).abs().max() < 1e-4, k
+
+
+def test_a_world_model_enters_at_stages_0_1_and_2(data, tmp_path):
+    """As HY-WorldPlay's would: both of its cameras are kept, or at stage 0 one of them."""
+    model = tiny_model(camera='prope+action', text_len=16, text_dim=64)
+    save_file(model.state_dict(), tmp_path / 'diffusion_pytorch_model.safetensors')
+    sizes = dict(text_len=16, image_len=4, glyph_len=3, chunk=1)
+    (tmp_path / 'config.json').write_text(json.dumps(sizes))
+    args = ['--init', tmp_path, '--data', data, '--steps', 2]
+    assert 'camera prope+action' in run('finetune_camera.py', *args, *SMALL, '--out', tmp_path / 'both')
+    text = run('finetune_camera.py', '--camera', 'prope', *args, *SMALL, '--out', tmp_path / 'one')
+    assert 'of its cameras only prope is kept' in text
+    run('train_ar.py', *args, *SMALL, '--out', tmp_path / 'both')
+    run('distill_ode.py', *args, *FLAGS, '--teacher_steps', 8, '--pairs', 2, '--out', tmp_path / 'both')
+    kinds = {'both/camera': 'prope+action', 'one/camera': 'prope', 'both/ar': 'prope+action', 'both/ode': 'prope+action'}
+    for name, camera in kinds.items():
+        trained, _ = load_model(f'{tmp_path}/{name}.safetensors')
+        assert trained.cfg.camera == camera and hasattr(trained, 'action_in') == ('action' in camera)
+    assert 'has learned prope+action already' in run('finetune_camera.py', '--camera', 'plucker+prope', *args, *SMALL,
+                                                     '--out', tmp_path / 'no', ok=False)
