@@ -357,6 +357,7 @@ def embed_text(captions, text_len, text_dim):
 class Dct:
     """The codec of most clips: pictures and captions as latents and embeddings, without weights."""
     stride = 1                                                # pictures in a latent
+    across = 8                                                # pixels in a latent's cell
     encode = staticmethod(encode)
     decode = staticmethod(decode)
 
@@ -364,7 +365,7 @@ class Dct:
         """A function that decodes a video chunk by chunk."""
         return decode
 
-    def embed(self, captions, cfg):
+    def embed(self, captions, cfg, first=None):
         return embed_text(captions, cfg.text_len, cfg.text_dim)
 
 
@@ -373,8 +374,8 @@ def find_codec(folder='', device='cpu'):
     """The codec of clips whose recipe has this `wan`."""
     if not folder:
         return Dct()
-    from worlds.wan import Wan
-    return Wan(folder, device)
+    from worlds.wan import open_codec
+    return open_codec(folder, device)
 
 # -----------------------------------------------------------------------------
 # making clips
@@ -470,7 +471,7 @@ def make_shard(job):
     tensors['latents'] = latents
     tensors['c2w'] = tensors['c2w'][:, ::codec.stride]
     if cfg.wan:
-        tensors['text'] = codec.embed(captions).bfloat16().cpu()
+        tensors['text'] = codec.embed(captions, first=latents[:, :1]).bfloat16().cpu()
         tensors['null_text'] = codec.embed([''])[0].bfloat16().cpu()
     if split == 0:
         del tensors['frames']
@@ -524,13 +525,14 @@ class Clips:
         try:
             f = safe_open(path, 'pt')
             captions = json.loads(f.metadata()['meta'])['captions']
-            n, F, _, h, w = f.get_slice('latents').get_shape()
-            want = {'latents': [n, F, 16, h, w], 'c2w': [n, F, 4, 4], 'K': [n, 4]}
+            n, F, C, h, w = f.get_slice('latents').get_shape()
+            across = 8 if C == 16 else 16                             # pixels; 16 are HunyuanVideo-1.5's
+            want = {'latents': [n, F, 2 * across, h, w], 'c2w': [n, F, 4, 4], 'K': [n, 4]}
             if self.split == 'val':
                 pictures = 4 * F - 3 if self.wan else F
-                want['frames'] = [n, pictures, 8 * h, 8 * w, 3]
+                want['frames'] = [n, pictures, across * h, across * w, 3]
             shapes = {key: f.get_slice(key).get_shape() for key in want}
-            if shapes != want or h % 2 or w % 2:
+            if shapes != want or across * h % 16 or across * w % 16:
                 raise ValueError(f'shapes {shapes}')
             self.size = self.size or (h, w)
             if self.size != (h, w):

@@ -207,7 +207,7 @@ def check_numbers(z, path):
 def generate(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along the paths c2w (B, F, 4, 4) with intrinsics K (B, 4). F' is F,
     or 4 F - 3 with Wan's codec. first: latents of frame 0, or None. noise: made by data.noise_for."""
-    text = codec.embed(captions, model.cfg).to(c2w.device)
+    text = codec.embed(captions, model.cfg, first).to(c2w.device)
     null_text = codec.embed([''], model.cfg).to(text) if cfg.over == 'text' else None
     K = K[:, None].expand(-1, c2w.shape[1], -1)           # (B, F, 4)
     z = rollout_clip(model, c2w, K, text, noise=noise, first_frame=first,
@@ -337,7 +337,7 @@ def walk_to_file(cfg):
         raise BadInput('--truth True: only lowpoly, started from its own frame, can be rendered exactly')
     first = first_latents(cfg.first, world, codec, recipe, device)
     prompt = cfg.prompt or captions[0]
-    noise = noise_for([cfg.seed], (model.cfg.in_dim, H // 8, W // 8), device)
+    noise = noise_for([cfg.seed], (model.cfg.in_dim, H // codec.across, W // codec.across), device)
     K = world['K'].to(device)
     video = generate(model, cfg, header, codec, c2w.to(device), K, [prompt], first, noise)[0]
 
@@ -521,9 +521,10 @@ class Live:
         codec = self.codec
         cfg = replace(self.cfg, steps=self.asked['steps'] or usual_steps(self.header))
         prompt = self.asked['prompt'] or self.caption
-        text = codec.embed([prompt], m).to(self.device)
+        text = codec.embed([prompt], m, self.latents).to(self.device)
         null_text = codec.embed([''], m).to(text) if cfg.over == 'text' else None
-        noise = noise_for([(cfg.seed, self.frame)], (m.in_dim, H // 8, W // 8), self.device)
+        size = m.in_dim, H // codec.across, W // codec.across
+        noise = noise_for([(cfg.seed, self.frame)], size, self.device)
         decode = codec.stream()
         path = []                     # the newest Steps; `cameras` adds to it
         chunks = rollout(self.model, self.cameras(path), text, noise=noise, first_frame=self.latents,

@@ -89,7 +89,7 @@ def bench(model, cfg, header, codec, device):
     began = time.perf_counter()
     world, captions = held_out(cfg, header, [cfg.clip])
     text = codec.embed(captions, m).to(device)
-    noise = noise_for([cfg.seed], (m.in_dim, H // 8, W // 8), device)
+    noise = noise_for([cfg.seed], (m.in_dim, H // codec.across, W // codec.across), device)
     first = None
     if m.first_chunk == 1:
         first = codec.encode(world['frames'][:, :1]).to(device)

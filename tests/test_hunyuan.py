@@ -264,7 +264,7 @@ def test_a_gradient_on_top_of_a_cache_that_goes_on():
 
 @pytest.mark.parametrize('camera', ['none', 'prope', 'prope+action'])
 def test_files_of_hunyuanvideo_worldplay_and_minwm(camera, tmp_path):
-    """checkpoint-N/transformer, as minWM's and HY-WorldPlay's trainings leave it; what is more than the base says so."""
+    """checkpoint-N/transformer, as the trainings of minWM and HY-WorldPlay leave it; its tensors tell the cameras."""
     model = tiny_model(camera=camera, patch=1, chunk=4, first_chunk=4, shift=5., eviction='frames')
     folder = tmp_path / 'checkpoint-6000' / 'transformer'
     os.makedirs(folder)
@@ -390,7 +390,7 @@ def test_a_world_model_enters_at_stages_0_1_and_2(data, tmp_path):
     assert 'of its cameras only prope is kept' in text
     run('train_ar.py', *args, *SMALL, '--out', tmp_path / 'both')
     run('distill_ode.py', *args, *FLAGS, '--teacher_steps', 8, '--pairs', 2, '--out', tmp_path / 'both')
-    kinds = {'both/camera': 'prope+action', 'one/camera': 'prope', 'both/ar': 'prope+action', 'both/ode': 'prope+action'}
+    kinds = {'one/camera': 'prope'} | {f'both/{stage}': 'prope+action' for stage in ('camera', 'ar', 'ode')}
     for name, camera in kinds.items():
         trained, _ = load_model(f'{tmp_path}/{name}.safetensors')
         assert trained.cfg.camera == camera and hasattr(trained, 'action_in') == ('action' in camera)

@@ -9,7 +9,7 @@ that picture is its pose.
 """
 import functools
 import html
-import os
+import json
 
 import torch
 from torch.nn import functional
@@ -17,18 +17,30 @@ from torch.nn import functional
 from camera import BadInput
 
 
+def open_codec(folder, device):
+    """The codec in this folder: Wan2.1's or HunyuanVideo-1.5's."""
+    try:
+        with open(f'{folder}/vae/config.json') as f:
+            kind = json.load(f).get('_class_name')
+    except (OSError, ValueError, AttributeError):
+        raise BadInput(f'--wan {folder}: no vae/config.json there: '
+                       'name a folder such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers') from None
+    if kind == 'AutoencoderKLHunyuanVideo15':
+        from worlds.hunyuan import Hunyuan
+        return Hunyuan(folder, device)
+    return Wan(folder, device)
+
+
 class Wan:
     """The interface of Dct in data.py. The autoencoder computes in float32, the text encoder in bfloat16."""
     stride = 4                                                # pictures in a latent
+    across = 8                                                # pixels in a latent's cell
 
     def __init__(self, folder, device='cpu'):
         try:
             from diffusers import AutoencoderKLWan
         except ImportError:
             raise BadInput('Wan\'s autoencoder needs packages: pip install -r requirements-wan.txt') from None
-        if not os.path.exists(f'{folder}/vae/config.json'):
-            raise BadInput(f'--wan {folder}: no vae/config.json there: '
-                           'name a folder such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers')
         self.folder = folder
         self.device = device
         vae = AutoencoderKLWan.from_pretrained(f'{folder}/vae', low_cpu_mem_usage=False)
@@ -82,7 +94,7 @@ class Wan:
         return tokenizer, encoder.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def embed(self, captions, cfg=None):
+    def embed(self, captions, cfg=None, first=None):
         """Captions -> (B, tokens of the longest caption, text_dim), 0 behind each caption's end. The empty
         one is its end mark, Wan's null prompt. With the cfg of a model, as that model reads them: (B,
         text_len, text_dim) float32."""
