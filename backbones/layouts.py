@@ -371,11 +371,12 @@ def save_wan(folder, model):
 # -----------------------------------------------------------------------------
 # arithmetic, computed
 
-def flops(cfg, frames, L, keys):
+def flops(cfg, frames, L, keys, words=True):
     """Floating-point operations of one forward pass of `frames` frames of L tokens that attend to `keys`
-    frames each. A multiplication with its addition counts two; only matrix products are counted."""
+    frames each. A multiplication with its addition counts two; only matrix products are counted.
+    words=False: HunyuanVideo's words are in the cache already."""
     if is_hunyuan(cfg):
-        return hunyuan_flops(cfg, frames, L, keys)
+        return hunyuan_flops(cfg, frames, L, keys, words)
     D = cfg.dim
     S = frames * L
     attentions = 2 if 'prope' in cfg.camera else 1                 # PRoPE attends a second time
@@ -424,9 +425,7 @@ def chunk_flops(cfg, steps, L, keys):
     """The same for a streamed chunk. A dense network runs once more than its steps, for the cache."""
     if cfg.encoder_blocks:
         return split_flops(cfg, cfg.chunk, L, keys, steps)
-    if is_hunyuan(cfg):
-        return (steps + 1) * hunyuan_flops(cfg, cfg.chunk, L, keys, words=False)
-    return (steps + 1) * flops(cfg, cfg.chunk, L, keys)
+    return (steps + 1) * flops(cfg, cfg.chunk, L, keys, words=False)
 
 # -----------------------------------------------------------------------------
 # the command

@@ -1,7 +1,8 @@
 """
-What does the recipe take at Wan2.1's size? Memory a GPU and hours per 1,000 updates; computed, not measured.
+What does the recipe take at Wan2.1's and HunyuanVideo-1.5's size? Memory a GPU and hours per 1,000 updates;
+computed, not measured.
 
-    python -m experiments.h100 wan-1.3b          # or wan-14b; seconds, no GPU
+    python -m experiments.h100 wan-1.3b          # or wan-14b, hy1.5-8b; seconds, no GPU
 
 Prints a row for each stage: arithmetic of one clip, then GiB a GPU and hours, on one H100 and on eight.
 Assumed: clips of 20 latents of 480 x 832 in chunks of 4 and a batch of 16, as in minWM (its smallest); one
@@ -14,11 +15,11 @@ from dataclasses import replace
 import torch
 
 from backbones.layouts import flops, forced_flops
-from model import PRESETS, DiT
+from common import find_preset
 
 HEIGHT, WIDTH = 480, 832              # pixels
 FRAMES, CHUNK, BATCH = 20, 4, 16      # latents of a clip, of a chunk; clips of a batch
-TOKENS = HEIGHT * WIDTH // 256        # of a latent: 8 x 8 pixels a latent pixel, 2 x 2 of those a token
+TOKENS = HEIGHT * WIDTH // 256        # of a latent: 16 x 16 pixels each
 SPEED = .4 * 989e12                   # floating-point operations a second
 GIB = 2 ** 30
 MOST = 74                             # GiB that 80 GB hold
@@ -32,13 +33,13 @@ def stages(cfg):
     ode_step = 2 * flops(cfg, FRAMES, TOKENS, (FRAMES + CHUNK) / 2)     # guided: two passes
     calls = 0                                             # a call of the network for each chunk of a rollout
     for end in range(CHUNK, FRAMES + 1, CHUNK):
-        calls += flops(cfg, CHUNK, TOKENS, end)
+        calls += flops(cfg, CHUNK, TOKENS, end, words=False)
     rollout = 3.5 * calls                                 # 1 to 4 to denoise, 2.5 on average; the clean one
     generator = rollout + 3 * calls                       # its backward pass, forward again
     generator = generator + 2 * full + full               # real score, guided, and fake score
     critic = 4 * full
     # bytes: a trained parameter has 16 (fp32, gradient, Adam's two averages), its EMA or a frozen one 4
-    activations = FRAMES * TOKENS * cfg.dim * cfg.num_layers
+    activations = FRAMES * TOKENS * cfg.dim * cfg.num_layers           # but for HunyuanVideo's words, 6 %
     kept = 8 * activations                                # in float32, with gradient
     cache = 2 * 2 * 2 * activations                       # keys and values of both attentions, in bfloat16
     return {
@@ -52,9 +53,9 @@ def stages(cfg):
 
 
 def main(preset):
-    cfg = replace(PRESETS[preset], camera='prope')
+    cfg = replace(find_preset(preset), camera='prope')
     with torch.device('meta'):
-        model = DiT(cfg)
+        model = cfg.build()
     parameters = sum(p.numel() for p in model.parameters())
     print(f'{preset}: {parameters / 1e9:.2f} B parameters with PRoPE, {TOKENS} tokens a latent, '
           f'{FRAMES} latents\n')
