@@ -114,7 +114,7 @@ def bench(model, cfg, header, codec, device):
         chunk = frame // m.chunk
         return float(np.median(latency[max(1, chunk - 40):chunk + 40]))
 
-    tokens = H * W // 64 // m.patch ** 2
+    tokens = H * W // codec.across ** 2 // m.patch ** 2
     flop = chunk_flops(m, cfg.steps, tokens, .75 * options['window']) / m.chunk
     if cfg.guidance != 1:                                          # two branches
         flop *= 2
