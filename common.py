@@ -435,7 +435,7 @@ def find_preset(name):
 
 
 def save_model(path, state, cfg, **meta):
-    """Weights under Wan's names, header {model: config, **meta}."""
+    """Weights under their network's names, header {model: config, **meta}."""
     save_tensors(path, state, {'model': asdict(cfg), **meta})
 
 

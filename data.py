@@ -659,6 +659,8 @@ def draw_sample(clips, j, frames, cfg, seed, whole):
     elif cfg.sink and train and length > frames and r.random() < .5:
         window[0] = r.integers(length)
         jump = True
+    if clips.embedded and window[0] > 0:                      # these rows describe the clip's first picture
+        text[:getattr(cfg, 'image_len', 0)] = 0
     tensors = (latents[window].float(), c2w[window].float(), K.float().expand(frames, 4), text,
                torch.from_numpy(eps), torch.from_numpy(u), torch.tensor(jump), *more)
     return tensors, clips.captions[i]

@@ -250,8 +250,8 @@ def make_shard(cfg, clips, teacher, run, start, count):
         level=level,
     )
     if clips.embedded:
-        longest = (batch.text != 0).any(2).sum(1).max()
-        tensors['text'] = batch.text[:, :longest].bfloat16()
+        rows = batch.text.any(2).any(0).nonzero()                          # zeros may lie between them
+        tensors['text'] = batch.text[:, :rows.max() + 1].bfloat16()
     return {name: x.cpu() for name, x in tensors.items()}, batch.captions
 
 # -----------------------------------------------------------------------------

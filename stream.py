@@ -309,7 +309,7 @@ def read_path(cfg, header, model_cfg):
     else:
         keys = parse_keys(cfg.keys)
         c2w = keys_to_poses(keys)
-        if header['stage'] == 'wan' and model_cfg.camera == 'prope':      # these know minWM's steps
+        if header['stage'] == 'wan' and model_cfg.camera.startswith('prope'):       # they know minWM's steps
             from worlds.poses import minwm_poses
             c2w = minwm_poses(cfg.keys)
     c2w = relative(c2w[None])

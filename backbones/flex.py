@@ -24,13 +24,14 @@ def flex_joint_mask(valid, rows, L):
     B, T = valid.shape
     mask = torch.tensor(rows, device=valid.device)
 
-
     def allowed(batch, head, query, key):
         word = valid[batch, key.clamp(max=T - 1)]
         frame = mask[query // L, (key - T).clamp(min=0) // L]
         return torch.where(key < T, word, frame)
     queries, frames = mask.shape
-    return create_block_mask(allowed, B, None, queries * L, T + frames * L, valid.device)
+    size = queries * L, T + frames * L
+    compiled = valid.is_cuda                       # else it makes a matrix of all pairs
+    return create_block_mask(allowed, B, None, *size, valid.device, _compile=compiled)
 
 
 @functools.cache

@@ -15,17 +15,20 @@ and HY-WorldPlay. The weights have HunyuanVideo-1.5's names and shapes; the code
 description, and tests/test_hunyuan.py compares it with diffusers'.
 
 The prompt is one tensor (B, text_len, text_dim): image_len rows of the picture's features (SigLIP), glyph_len
-rows of letters to be drawn (byT5), and words (Qwen2.5-VL), each with zeros behind it. A row of zeros is none.
+rows of letters to be drawn (byT5), and words (Qwen2.5-VL), with zeros behind. A row of zeros is no token.
 
 Cameras: Plücker maps as in model.py; PRoPE, with an output projection and cache slots of its own;
 HY-WorldPlay's actions (backbones/worldplay.py); or several: --camera prope+action.
 
-Different from HunyuanVideo-1.5 and minWM: each frame has its own time. Frame 0 is given if its time is 0, and
-is then also the picture to begin with among the 65 input channels (32 noisy, 32 given, 1 mask). In a window
-that rolls the words move along, as a sink does, so that frames never get further from them than in training.
+Different from HunyuanVideo-1.5 and minWM: frame 0 may be given, and its time is then 0, as everywhere here;
+theirs is noisy as the others, and its picture is always given. A given frame is also the picture to begin
+with among the 65 input channels (32 noisy, 32 given, 1 mask). So stage 1 wants --context_noise 0: else no
+history has one. Without the text the picture's features are gone too. In a window that rolls in whole chunks
+the words move along, as a sink does, so that frames never get further from them than in training.
 """
 import copy
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -34,11 +37,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from backbones.hunyuan_words import (GlyphProjection, ImageProjection, Mlp, NumberEmbedding, TextRefiner,
-                                     attend, joint_bias)
+                                     attend)
 from backbones.worldplay import action_labels
 from camera import BadInput
 from model import (CameraEmbedding, DiT, KVCache, ModelConfig, RMSNorm, axis_turns, mask_rows, project,
-                   rotate, token_bias)
+                   rotate)
 
 
 @dataclass
@@ -54,7 +57,7 @@ class HunyuanConfig(ModelConfig):
         return MMDiT(self)
 
 
-PRESETS = {                       # parameters without the camera: 0.4 M (tests), 3.8 M, 8.33 B
+PRESETS = {                       # parameters without the camera: 0.4 M (tests), 3.9 M, 8.33 B
     'hy-tiny': HunyuanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2),
     'hy-nano': HunyuanConfig(dim=160, ffn_dim=480, num_heads=5, num_layers=4, refiner_blocks=1),
     'hy1.5-8b': HunyuanConfig(dim=2048, ffn_dim=8192, num_heads=16, num_layers=54, patch=1,
@@ -65,13 +68,14 @@ PRESETS = {                       # parameters without the camera: 0.4 M (tests)
 # -----------------------------------------------------------------------------
 # places
 
+@functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)                       # a table made while streaming may serve training
 def rotary_table(pos, h, w, Dh, device):
     """Unit complex numbers (F h w, 1, Dh / 2) for F = len(pos) frames of h x w tokens: of each head an eighth
     turns with the frame, 3.5 eighths with the row and as many with the column; base 256."""
     n_frame = Dh // 16
     n_space = Dh * 7 // 32
-    frame = axis_turns(tuple(pos), n_frame, 256)[:, None, None]       # (F, 1, 1, n_frame)
+    frame = axis_turns(pos, n_frame, 256)[:, None, None]       # (F, 1, 1, n_frame)
     row = axis_turns(range(h), n_space, 256)[:, None]                 # (h, 1, n_space)
     column = axis_turns(range(w), n_space, 256)                       # (w, n_space)
     axes = [turns.expand(len(pos), h, w, -1) for turns in (frame, row, column)]
@@ -79,14 +83,22 @@ def rotary_table(pos, h, w, Dh, device):
 
 
 class HunyuanCache(KVCache):
-    """A KVCache whose `text` holds the words' keys and values of each block."""
+    """A KVCache whose `text` holds the words' keys and values of each block, and `valid` which there are."""
+
+    def __init__(self, cfg, *size, **options):
+        super().__init__(cfg, *size, **options)
+        self.valid = None
+        self.words_move = cfg.eviction == 'chunks'
 
     def turn(self, frames, Dh, device):
         return rotary_table((frames,), 1, 1, Dh, device)
 
     def place_words(self, k):
-        """The words' keys (B, T, N, Dh), where the window now begins."""
-        return rotate(k, self.turn(self.gone, k.shape[-1], k.device)) if self.gone else k
+        """The words' keys (B, T, N, Dh), where the window now begins. In minWM's walks, which lose frame by
+        frame, they stay where they were."""
+        if not self.gone or not self.words_move:
+            return k
+        return rotate(k, self.turn(self.gone, k.shape[-1], k.device))
 
     def forget_words(self):
         """Another prompt from here on: the next call computes the words' keys and values of its text."""
@@ -112,6 +124,14 @@ def modulated(x, shift, scale):
     return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+@dataclass
+class Sight:
+    """Who sees whom in a pass."""
+    valid: torch.Tensor | None    # (B, T) which words there are; None: all
+    rows: object                  # the frames' mask, as `attend` takes it; None: each sees all
+    words_see_frames: bool
+
+
 class DoubleBlock(nn.Module):
     """Frames (img) and words (txt) have weights of their own and meet in the attention."""
 
@@ -131,12 +151,15 @@ class DoubleBlock(nn.Module):
     def part(self, stream, name):
         return getattr(self, f'{stream}_{name}')
 
-    def qkv(self, stream, x, shift, scale):
-        """Queries, keys and values (B, S, N, Dh) of tokens x (B, F, L, D), not rotated."""
-        x = modulated(x, shift, scale).flatten(1, 2)
+    def qkv(self, stream, x, shift, scale, last):
+        """Queries (B, last L, N, Dh) of the last frames, keys and values (B, S, N, Dh) of all, for tokens x
+        (B, F, L, D). They are not rotated yet."""
+        x = modulated(x, shift, scale)
         if torch.is_autocast_enabled(x.device.type):                  # cast once for q, k and v
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        q, k, v = (self.part(stream, f'attn_{name}')(x).unflatten(-1, (self.N, -1)) for name in 'qkv')
+        inputs = {'q': x[:, x.shape[1] - last:], 'k': x, 'v': x}
+        q, k, v = (self.part(stream, f'attn_{name}')(tokens.flatten(1, 2)).unflatten(-1, (self.N, -1))
+                   for name, tokens in inputs.items())
         q = self.part(stream, 'attn_q_norm')(q)
         k = self.part(stream, 'attn_k_norm')(k)
         return q, k, v
@@ -149,39 +172,37 @@ class DoubleBlock(nn.Module):
 
     def forward(self, x, words, e, e_words, table, prope, sight, cache, layer, last):
         """Frames x (B, F, L, D) at times e (B, F, D) and words (B, 1, T, D) at e_words (1, 1, D) -> the last
-        frames and the words. words is None if the cache has their keys and values; sight: see MMDiT.sight."""
+        frames and the words. words is None if the cache has their keys and values."""
         F, L = x.shape[1:3]
-        bias, bias_words, words_see_all = sight
         shift, scale, *frames_rest = self.img_mod(e)
-        q, k, v = self.qkv('img', x, shift, scale)
-        q = q[:, (F - last) * L:]
+        q, k, v = self.qkv('img', x, shift, scale, last)
         if words is None:
             k_words, v_words = cache.text[layer]
         else:
             shift, scale, *words_rest = self.txt_mod(e_words)
-            q_words, k_words, v_words = self.qkv('txt', words, shift, scale)
+            q_words, k_words, v_words = self.qkv('txt', words, shift, scale, 1)
             if cache is not None and not torch.is_grad_enabled():
                 cache.text[layer] = k_words, v_words
 
-        # one attention, over words, which have no place, and all frames so far
+        # one attention, over words, which stand where the window begins, and all frames so far
         q_rot = rotate(q, table[(F - last) * L:]).to(v.dtype)
         k_rot = rotate(k, table).to(v.dtype)
         k_placed = k_words if cache is None else cache.place_words(k_words)
         keys, values = with_words(k_placed, v_words, k_rot, v, cache, layer)
-        y = self.img_attn_proj(attend(q_rot, keys, values, bias).flatten(-2))
+        y = self.img_attn_proj(attend(q_rot, keys, values, sight.valid, sight.rows).flatten(-2))
         if prope is not None:
-            z = self.prope_attention(q, k, v, k_words, v_words, prope, bias, cache, layer + self.layers)
+            z = self.prope_attention(q, k, v, k_words, v_words, prope, sight, cache, layer + self.layers)
             y = y + z.to(y.dtype)
         x = self.finish('img', x[:, F - last:], y, *(part[:, F - last:] for part in frames_rest))
         if words is None:
             return x, None
 
-        if not words_see_all:
+        if not sight.words_see_frames:
             keys, values = k_words, v_words
-        y = self.txt_attn_proj(attend(q_words, keys, values, bias_words).flatten(-2))
+        y = self.txt_attn_proj(attend(q_words, keys, values, sight.valid).flatten(-2))
         return x, self.finish('txt', words, y, *words_rest)
 
-    def prope_attention(self, q, k, v, k_words, v_words, prope, bias, cache, slot):
+    def prope_attention(self, q, k, v, k_words, v_words, prope, sight, cache, slot):
         """PRoPE, as in model.py: q^T P_q P_k^-1 k and the values alike; the words take part as they are. Its
         keys are not the rotary ones, so it has separate slots in the cache."""
         P, P_inv = prope.unbind(2)                                    # (B, F, 4, 4) each
@@ -191,7 +212,7 @@ class DoubleBlock(nn.Module):
         k_cam = project(k, P_inv).to(v.dtype)
         v_cam = project(v, P_inv)
         keys, values = with_words(k_words, v_words, k_cam, v_cam, cache, slot)
-        z = project(attend(q_cam, keys, values, bias), P_query)
+        z = project(attend(q_cam, keys, values, sight.valid, sight.rows), P_query)
         z = self.img_attn_prope_proj(z.flatten(-2)).unflatten(1, (F_query, -1))
         camera_on = P_query[..., 3:, 3:]                              # (B, F_query, 1, 1): 0 if dropped
         return (z * camera_on).flatten(1, 2)
@@ -265,14 +286,14 @@ class MMDiT(DiT):
     def embed_camera(self, camera, H, W):
         out = super().embed_camera(camera, H, W)
         if camera is not None and 'action' in self.cfg.camera:
-            actions = self.action_in(action_labels(camera.move) / 1000)         # (B, F, D)
+            actions = self.action_in(action_labels(camera.move) / 1000).float()           # (B, F, D)
             if camera.on is not None:
                 actions = actions * camera.on[:, None, None]
             out.time = actions if out.time is None else out.time + actions
         return out
 
     def embed_words(self, text, t):
-        """The prompt (B, text_len, text_dim) at time t (1 or B, 1) -> tokens (B, 1, T, D), and which of them
+        """The prompt (B, text_len, text_dim) at time t (1 or B, 1) -> tokens (B, 1, T, D), and which of these
         there are, (B, T)."""
         i, g = self.cfg.image_len, self.cfg.image_len + self.cfg.glyph_len
         text = text.to(self.patch_embedding.weight.dtype)
@@ -284,23 +305,29 @@ class MMDiT(DiT):
             parts.insert(0, self.byt5_in(text[:, i:g, :self.cfg.glyph_dim]) + kinds[1])
         if i:
             parts.insert(0, self.vision_in(text[:, :i, :self.cfg.image_dim]) + kinds[2])
-        words = torch.cat(parts, 1)
-        if len(words) == 1:                        # nothing is left to forbid
-            words = words[:, valid[0]]
-            valid = valid[:, valid[0]]
-        return words.unsqueeze(1), valid
+        return torch.cat(parts, 1).unsqueeze(1), valid
 
-    def sight(self, valid, mask, cache, F, L):
-        """(bias of frames as queries, of words as queries, do words see frames?). See joint_bias."""
-        n_keys = F * L if cache is None else (cache.end + F) * L
-        whole_clip = mask is None and cache is None
-        words = joint_bias(valid, None, n_keys if whole_clip else 0)
+    def words_for(self, text, t, mask, cache):
+        """embed_words for a pass; None in place of the tokens if the cache has their keys and values."""
+        keep = cache is not None and not torch.is_grad_enabled()
+        if keep and cache.text[0] is not None:
+            return None, cache.valid
+        words, valid = self.embed_words(text, t)
+        if len(words) == 1 and (mask is None or cache is not None):   # in training flex wants one length
+            words = words[:, :, valid[0]]
+            valid = valid[:, valid[0]]
+        if keep:
+            cache.valid = valid
+        return words.to(self.patch_embedding.weight.dtype), valid
+
+    def frames_see(self, valid, mask, cache, L):
+        """A mask of frames as `attend` takes it."""
         if mask is None or mask.all():
-            return joint_bias(valid, None, n_keys), words, whole_clip
-        if valid.is_cuda and torch.is_grad_enabled():
+            return None
+        if valid.is_cuda and cache is None:        # training, and the passes beside it
             from backbones.flex import flex_joint_mask
-            return flex_joint_mask(valid, mask_rows(mask), L), words, whole_clip
-        return joint_bias(valid, token_bias(mask, L, L).to(valid.device), n_keys), words, whole_clip
+            return flex_joint_mask(valid, mask_rows(mask), L)
+        return mask_rows(mask)
 
     def forward(self, x, t, text, camera=None, mask=None, pos=None, cache=None, last=None, context=None):
         """Velocity v (B, F, C, H, W), float32, of x (B, F, C, H, W) at times t (B, F); arguments as DiT's."""
@@ -314,11 +341,11 @@ class MMDiT(DiT):
         if not isinstance(camera, CameraEmbedding):
             camera = self.embed_camera(camera, H, W)
 
+        # 1) frames, times and words to width D
+        patches = rearrange(self.frames_in(x, t, pos), 'b f c (h p) (w q) -> b f (h w) (c p q)', p=p, q=p)
+        weight = self.patch_embedding.weight.flatten(1)
+        x = functional.linear(patches.to(dtype), weight, self.patch_embedding.bias)
         t_words = self.words_time(t)
-        # 1) frames and times to width D
-        x = self.frames_in(x, t, pos).to(dtype)
-        patches = rearrange(x, 'b f c (h p) (w q) -> b f (h w) (c p q)', p=p, q=p)
-        x = functional.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)                                           # (B, F, L, D)
             e = self.time_in(t)                                       # (B, F, D)
@@ -327,35 +354,29 @@ class MMDiT(DiT):
                 x = x + camera.tokens.to(dtype)
             if camera.time is not None:
                 e = e + camera.time.to(dtype)
+        words, valid = self.words_for(text, t_words, mask, cache)
 
-        # 2) words, unless the cache has them
-        keep = cache is not None and not torch.is_grad_enabled()
-        if keep and cache.text[0] is not None:
-            words, valid = None, cache.valid
-        else:
-            words, valid = self.embed_words(text, t_words)
-            words = words.to(dtype)
-        if keep:
-            cache.valid = valid
-
-        # 3) the blocks
-        table = rotary_table(pos, h, w, self.cfg.dim // self.cfg.num_heads, x.device)
+        # 2) the blocks
+        table = rotary_table(tuple(pos), h, w, self.cfg.dim // self.cfg.num_heads, x.device)
+        whole_clip = mask is None and cache is None
         if cache is not None:
             mask = cache.prepare(F, mask)
-        sight = self.sight(valid, mask, cache, F, h * w)
+        there = None if valid.all() else valid
+        sight = Sight(there, self.frames_see(valid, mask, cache, h * w), whole_clip)
         again = self.checkpoint and torch.is_grad_enabled()
         if again and cache is not None:            # the blocks compute again later, on the cache as it is now
             cache = copy.copy(cache)
             cache.kv = cache.kv.clone()
         for layer, block in enumerate(self.blocks):
             n = F
-            if layer == len(self.blocks) - 1:
+            if layer == len(self.blocks) - 1 and last < F:            # only the last frames are asked for
                 n = last
-                sight = last_rows(sight, last * h * w)
+                rows = None if mask is None else mask[-last:]
+                sight = replace(sight, rows=self.frames_see(valid, rows, cache, h * w))
             args = x, words, e, e_words, table, camera.prope, sight, cache, layer, n
             x, words = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
 
-        # 4) tokens to velocities
+        # 3) tokens to velocities
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.final_layer['adaLN_modulation'](e[:, F - last:])[:, :, None].chunk(2, -1)
             x = self.final_layer['linear'](modulated(x, shift, scale)).float()
@@ -374,11 +395,3 @@ class MMDiT(DiT):
         """The time of the words, (1, 1): always 0, as minWM and HY-WorldPlay have it. (In HunyuanVideo-1.5
         itself it is the clip's.)"""
         return t.new_zeros(1, 1)
-
-
-def last_rows(sight, n):
-    """The sight of the last n tokens of the frames."""
-    bias, words, whole_clip = sight
-    if isinstance(bias, torch.Tensor) and bias.shape[2] > 1:
-        bias = bias[:, :, -n:]
-    return bias, words, whole_clip

@@ -66,8 +66,9 @@ def hunyuan_names(tensors):
     swapped = r'final_layer\.adaLN_modulation\.1\..*'
     found |= {name: swap_halves(read) for name, read in found.items() if re.fullmatch(swapped, name)}
     for name in [name for name in found if '.self_attn_q.' in name]:
-        parts = [found.pop(name.replace('attn_q', f'attn_{part}')) for part in 'qkv']
-        found[name.replace('attn_q', 'attn_qkv')] = join(parts)
+        parts = [name.replace('attn_q', f'attn_{part}') for part in 'qkv']
+        if all(part in found for part in parts):
+            found[name.replace('attn_q', 'attn_qkv')] = join([found.pop(part) for part in parts])
     return found
 
 
@@ -98,8 +99,8 @@ def hunyuan_config(path, tensors, config, chunk):
             1 + max(int(re.match(pattern, name)[1]) for name in tensors if re.match(pattern, name))
             for pattern in (r'double_blocks\.(\d+)\.', r'txt_in\.individual_token_refiner\.blocks\.(\d+)\.'))
     except (KeyError, ValueError) as error:
-        raise BadInput(f'{path}: begins as a network of HunyuanVideo-1.5 but lacks {error}: get it '
-                       'again') from None
+        raise BadInput(f'{path}: no network of HunyuanVideo-1.5, or not all of it ({error}): name another, '
+                       'or get it again') from None
     if channels % 2 == 0:
         raise BadInput(f'{path}: it takes {channels} channels, no noisy latent, given one and mask: name a '
                        'text-or-image-to-video model of HunyuanVideo-1.5')
@@ -151,6 +152,7 @@ def hunyuan_flops(cfg, frames, L, keys, words=True):
     ends = S * D * cfg.patch ** 2 * (2 * cfg.in_dim + 1 + cfg.out_dim)
     ends += frames * D * (cfg.freq_dim + 3 * D)                    # times
     if words:
-        block += T * layers + 6 * D * D + 2 * T * T * D
+        seen = T + S * (keys == frames)                            # on a whole clip words see frames
+        block += T * layers + 6 * D * D + 2 * T * seen * D
         ends += T * D * cfg.text_dim + cfg.refiner_blocks * T * (12 * D * D + 2 * T * D)
     return 2 * (cfg.num_layers * block + ends)

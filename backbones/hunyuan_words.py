@@ -7,37 +7,52 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
-from model import attention, plain_attention, sinusoid
+from model import attention, block_rows, plain_attention, sinusoid
 
 # -----------------------------------------------------------------------------
-# attention of frames and words
+# attention whose keys are [words | tokens of frames]
 
-def joint_bias(valid, frames, n_keys):
-    """What is added to scores whose keys are [words | n_keys tokens of frames]: 0, or -inf to forbid;
-    (B, 1, queries or 1, keys), or None if nothing is forbidden. valid (B, T): which words there are. frames:
-    the bias of the frames, (queries, n_keys), or None."""
-    if frames is None and valid.all():
+def attend(q, k, v, valid=None, rows=None):
+    """softmax(q k^T / sqrt Dh) v for (B, S, N, Dh). valid (B, T): which of the words there are; None: all.
+    rows: mask_rows of the frames, or a flex_joint_mask; None: every query sees every frame."""
+    if isinstance(rows, BlockMask):
+        from backbones.flex import flex_frame_attention
+        return flex_frame_attention(q, k, v, rows)
+    if rows is None:
+        return biased_attention(q, k, v, words_bias(valid, k.shape[1]))
+    L = q.shape[1] // len(rows)                                       # tokens a frame
+    T = k.shape[1] - L * len(rows[0])
+    blocks = block_rows(rows, L, L, q.dtype, q.device)
+    k_frames, v_frames = (x[:, T:].unflatten(1, (-1, L)) for x in (k, v))
+    out = []
+    for part, (_, seen, bias) in zip(q.split([n * L for n, _, _ in blocks], 1), blocks):
+        keys = torch.cat([k[:, :T], k_frames[:, seen].flatten(1, 2)], 1)
+        values = torch.cat([v[:, :T], v_frames[:, seen].flatten(1, 2)], 1)
+        all_bias = words_bias(valid, keys.shape[1])
+        if bias is not None:                       # of these frames (queries, keys)
+            here = functional.pad(bias, (T, 0))
+            all_bias = here if all_bias is None else all_bias + here
+        out.append(biased_attention(part, keys, values, all_bias))
+    return torch.cat(out, 1)
+
+
+def words_bias(valid, n_keys):
+    """What is added to scores, (B, 1, 1, n_keys) or None: -inf where a key is a word that is not there."""
+    if valid is None:
         return None
-    words = torch.where(valid, 0., -torch.inf)[:, None, None]         # (B, 1, 1, T)
-    if frames is None:
-        return functional.pad(words, (0, n_keys))
-    words = words.expand(-1, -1, len(frames), -1)
-    return torch.cat([words, frames.expand(len(valid), 1, -1, -1)], -1)
+    bias = torch.where(valid, 0., -torch.inf)[:, None, None]          # (B, 1, 1, T)
+    return functional.pad(bias, (0, n_keys - valid.shape[1]))
 
 
-def attend(q, k, v, bias):
+def biased_attention(q, k, v, bias):
     """softmax(q k^T / sqrt Dh + bias) v for (B, S, N, Dh)."""
     if bias is None:
         return attention(q, k, v)
-    if isinstance(bias, BlockMask):
-        from backbones.flex import flex_frame_attention
-        return flex_frame_attention(q, k, v, bias)
     slow = not q.is_cuda and torch.is_grad_enabled()                  # sdpa's backward, see model.py
     kernel = plain_attention if slow else functional.scaled_dot_product_attention
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         return kernel(q, k, v, bias.to(q)).transpose(1, 2)
-
 
 # -----------------------------------------------------------------------------
 # modules, under HunyuanVideo-1.5's parameter names
@@ -77,11 +92,11 @@ class RefinerBlock(nn.Module):
         self.mlp = Mlp(D, 4 * D, nn.SiLU())
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
 
-    def forward(self, x, c, bias):
+    def forward(self, x, c, valid):
         """Words x (B, T, D), conditioned on c (B, D)."""
         gate1, gate2 = self.adaLN_modulation(c)[:, None].chunk(2, -1)
         q, k, v = self.self_attn_qkv(self.norm1(x)).unflatten(-1, (3, self.N, -1)).unbind(2)
-        x = x + gate1 * self.self_attn_proj(attend(q, k, v, bias).flatten(-2))
+        x = x + gate1 * self.self_attn_proj(attend(q, k, v, valid).flatten(-2))
         return x + gate2 * self.mlp(self.norm2(x))
 
 
@@ -104,9 +119,8 @@ class TextRefiner(nn.Module):
         c = self.c_embedder['linear_2'](functional.silu(self.c_embedder['linear_1'](mean)))
         c = c + self.t_embedder(t)[:, 0]
         x = self.input_embedder(text)
-        bias = joint_bias(valid, None, 0)
         for block in self.individual_token_refiner['blocks']:
-            x = block(x, c, bias)
+            x = block(x, c, valid)
         return x
 
 

@@ -227,7 +227,7 @@ def unwrap(path, tensors):
 
 
 def open_weights(path):
-    """({Wan's parameter name: function that reads that tensor}, header) of a checkpoint in any layout.
+    """({parameter of the network: function that reads that tensor}, header) of a checkpoint in any layout.
 
     The files are mapped into memory, so a tensor takes none before it is read. The header is that of our own
     files; a config.json is its 'config'. Raises BadInput that names the file and says what it is, if it is no
@@ -406,10 +406,14 @@ def forced_flops(cfg, F, L):
     h = F - cfg.chunk
     pairs = h * (h + cfg.chunk) + F * (F + cfg.chunk)              # twice the pairs of frames that attend
     keys = pairs / 2 / (h + F)
-    linear = 4 * D * D + 2 * D * cfg.ffn_dim
-    scores = ((h + cfg.chunk) * L + 2 * cfg.text_len) * D
-    left_out = 0 if is_hunyuan(cfg) else h * L * (linear + scores)
+    prope = 'prope' in cfg.camera
+    matrices = prope + (2 if is_hunyuan(cfg) else 4)               # q and o, of both of Wan's attentions
+    linear = matrices * D * D + 2 * D * cfg.ffn_dim + prope * 2 * 4 * D
+    words = 2 * cfg.text_len * (1 + (prope and is_hunyuan(cfg)))
+    scores = ((1 + prope) * (h + cfg.chunk) * L + words) * D
+    left_out = h * L * (linear + scores)
     return flops(cfg, h + F, L, keys) - 2 * left_out
+
 
 def split_flops(cfg, frames, L, keys, steps):
     """The same for a split network: its encoder, which attends to `keys` frames each, then so many steps of
@@ -490,6 +494,8 @@ def main(args):
     if args.out.endswith('.safetensors'):
         meta = {k: v for k, v in header.items() if k not in ('model', 'config')}
         save_model(args.out, model.state_dict(), cfg, **meta)
+    elif args.out and is_hunyuan(cfg):
+        raise BadInput(f'--out {args.out}: HunyuanVideo\'s network is written as one name.safetensors')
     elif args.out:
         save_wan(args.out, model)
 

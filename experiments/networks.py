@@ -4,7 +4,7 @@ Does the kind of network matter? Wan's (nano) and HunyuanVideo-1.5's (hy-nano) t
     OMP_NUM_THREADS=1 python -m experiments.networks
 
 Three seeds of each; clips (data/lowpoly-500, which run.sh makes), batches and steps as in run.sh; about as
-many parameters. Leaves out/networks/PRESET-SEED/ and trains nothing twice; 10 to 20 minutes a run on one core.
+many parameters. Leaves out/networks/PRESET-SEED/, trains nothing twice; 10 to 20 minutes a run on one core.
 The scores are those that each stage prints at its end; ms a frame: a walk of 200 frames in 4 Euler steps.
 """
 import itertools

@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import pytest
@@ -15,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.flex import flex_joint_mask
 from backbones.hunyuan import PRESETS, HunyuanCache, MMDiT
 from backbones.hunyuan_layouts import hunyuan_config, hunyuan_names
-from backbones.hunyuan_words import attend, joint_bias
-from backbones.layouts import flops
+from backbones.hunyuan_words import attend
+from backbones.layouts import flops, forced_flops
 from backbones.worldplay import action_labels
 import test_cache
 from camera import BadInput, Camera, intrinsics, keys_to_poses, moves
 from common import load_model, load_tensors
 from conftest import FLAGS, SMALL, dmd_args, run
-from model import causal_mask, chunk_ids, mask_rows, teacher_forcing_mask, token_bias
+from model import causal_mask, chunk_ids, mask_rows, teacher_forced, teacher_forcing_mask
 from test_stages import losses
 
 TINY = dataclasses.replace(PRESETS['hy-tiny'], text_dim=48, text_len=14, image_len=4, image_dim=16, glyph_len=3,
@@ -85,23 +86,42 @@ def test_it_equals_diffusers(picture, monkeypatch):
         got = ours(x, t[:, None].expand(B, F), text)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
-def test_a_gpus_mask_equals_the_bias():
-    """flex_attention, as training on a GPU takes it, and one attention after the other."""
+def test_attention_of_words_and_frames_by_hand():
+    """Each query with the keys that it may see; row by row as on a CPU, and by flex_attention as on a GPU."""
     L, mask = 4, teacher_forcing_mask(chunk_ids(3, 1))
     valid = torch.tensor([[True] * 5, [True, True, False, False, False]])
     q = torch.randn(2, 6 * L, 2, 32)
     k, v = (torch.randn(2, 5 + 6 * L, 2, 32) for _ in range(2))
+    rows = mask_rows(mask)
     with torch.no_grad():
-        got = attend(q, k, v, flex_joint_mask(valid, mask_rows(mask), L))
-        want = attend(q, k, v, joint_bias(valid, token_bias(mask, L, L), 6 * L))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    for row, n in enumerate((5, 2)):               # and by hand: each query with the keys that it may see
+        results = [attend(q, k, v, valid, rows), attend(q, k, v, valid, flex_joint_mask(valid, rows, L))]
+    results.append(attend(*(x.clone().requires_grad_() for x in (q, k, v)), valid, rows).detach())
+    for row, n in enumerate((5, 2)):
         for query in range(6):
             keys = [*range(n), *(5 + L * frame + i for frame in range(6) if mask[query, frame] for i in range(L))]
             here = slice(query * L, query * L + L)
             scores = torch.einsum('qnd,knd->nqk', q[row, here], k[row, keys]) / 32 ** .5
             by_hand = torch.einsum('nqk,knd->qnd', scores.softmax(-1), v[row, keys])
-            torch.testing.assert_close(want[row, here], by_hand, rtol=0, atol=1e-5)
+            for got in results:
+                torch.testing.assert_close(got[row, here], by_hand, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('camera', ['none', 'prope+action'])
+def test_training_on_a_gpu_takes_another_path_to_the_same(camera, monkeypatch):
+    """Teacher forcing with flex_attention, of one clip and of two, against the loop of the CPU."""
+    model = tiny_model(camera=camera)
+    x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), prompt(TINY)
+    c2w = keys_to_poses('wl*3')[:3].expand(2, -1, -1, -1)
+    batch = SimpleNamespace(x0=x, text=text, camera=Camera(c2w, intrinsics(90, 1).expand(2, 3, 4)))
+    with torch.no_grad():
+        want = teacher_forced(model, model.cfg, batch, x.flip(1), t)
+        monkeypatch.setattr(MMDiT, 'frames_see', lambda self, valid, mask, cache, L: (
+            None if mask is None or mask.all() else flex_joint_mask(valid, mask_rows(mask), L)))
+        torch.testing.assert_close(teacher_forced(model, model.cfg, batch, x.flip(1), t), want, rtol=0, atol=1e-5)
+        for i in range(2):
+            one = SimpleNamespace(x0=x[[i]], text=text[[i]], camera=Camera(c2w[[i]], batch.camera.K[[i]]))
+            alone = teacher_forced(model, model.cfg, one, x.flip(1)[[i]], t[[i]])
+            torch.testing.assert_close(alone, want[[i]], rtol=0, atol=1e-5)
 
 # -----------------------------------------------------------------------------
 # the cache: the tests of tests/test_cache.py, with this network
@@ -141,6 +161,15 @@ def test_after_a_window_is_encoded_again_nothing_is_stale(chunk, window, frames,
     network = walks.tiny_model
     monkeypatch.setattr(walks, 'tiny_model', lambda **settings: network('plucker', given=False, **settings))
     walks.test_after_a_window_is_encoded_again_nothing_is_stale(chunk, window, frames)
+
+
+def test_minwms_walks(walks, monkeypatch):
+    """Which lose frame by frame; in training they commit in a call of its own."""
+    walks.test_training_walks_as_minwm_does()
+    network = walks.tiny_model
+    monkeypatch.setattr(walks, 'tiny_model', lambda **settings: network(given=False, **settings))
+    for camera in ('prope', 'plucker'):
+        walks.test_minwms_walk_equals_one_forward_under_its_sliding_mask(4, 4, 12, 24, camera == 'plucker', camera)
 
 
 @pytest.mark.parametrize('camera, sink', [('prope+action', False), ('plucker+prope+action', True)])
@@ -196,7 +225,7 @@ def test_actions_are_the_keys_that_were_held():
     assert action_labels(moves(c2w))[0].tolist() == [0, *keys.values()]
 
 
-def test_actions_enter_every_block_and_can_be_dropped():
+def test_actions_change_the_video_and_can_be_dropped():
     model = tiny_model(camera='action')
     x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), prompt(TINY)
     c2w = torch.stack([keys_to_poses(keys) for keys in ('w*2', 'wl*2')])
@@ -227,7 +256,7 @@ def test_frame_0_is_given_if_it_is_clean_and_no_other():
 
 
 def test_the_empty_prompt_is_one_word():
-    """Alone or in a batch, whole or causal; it differs from every other prompt."""
+    """Alone or in a batch, whole or causal; it differs from another prompt."""
     model = tiny_model(camera='none')
     x, t, text = torch.randn(2, 3, 16, 4, 4), torch.rand(2, 3), prompt(TINY)
     text[1] = 0
@@ -318,12 +347,23 @@ def test_its_size_is_hunyuanvideos():
 
 @pytest.mark.parametrize('camera', ['none', 'prope'])
 def test_the_predicted_arithmetic_is_torchs_own_count(camera):
+    """Of a whole clip, of a causal pass and of teacher forcing."""
     model = tiny_model(camera=camera, image_len=0, glyph_len=0)
-    text, c2w = torch.randn(1, TINY.text_len, TINY.text_dim), torch.eye(4).expand(1, 5, 4, 4)
-    camera = Camera(c2w, torch.ones(1, 5, 4))
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(torch.randn(1, 5, 16, 4, 4), torch.rand(1, 5), text, camera, causal_mask(chunk_ids(5, 1)))
-    assert counter.get_total_flops() == pytest.approx(flops(model.cfg, 5, 4, 5), rel=.02)
+    x, t, text = torch.randn(1, 5, 16, 16, 16), torch.rand(1, 5), torch.randn(1, TINY.text_len, TINY.text_dim)
+    batch = SimpleNamespace(x0=x, text=text, camera=Camera(torch.eye(4).expand(1, 5, 4, 4), torch.ones(1, 5, 4)))
+    first_sees_all = torch.ones(5, 5, dtype=torch.bool)
+    first_sees_all[1:] = torch.eye(5, dtype=torch.bool)[1:]
+
+    def count(call):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            call()
+        return counter.get_total_flops()
+
+    assert count(lambda: model(x, t, text, batch.camera)) == pytest.approx(flops(model.cfg, 5, 64, 5), rel=.02)
+    got = count(lambda: model(x, t, text, batch.camera, first_sees_all))
+    assert got == pytest.approx(flops(model.cfg, 5, 64, 9 / 5), rel=.02)
+    got = count(lambda: teacher_forced(model, model.cfg, batch, x, t))
+    assert got == pytest.approx(forced_flops(model.cfg, 5, 64), rel=.02)
 
 # -----------------------------------------------------------------------------
 # the recipe
@@ -352,7 +392,7 @@ def test_all_stages_train_it_and_it_walks(hunyuan_chain):
         assert len(losses(hunyuan_chain, stage)) == 4
     before, after = (load_model(f'{hunyuan_chain}/{stage}.safetensors')[0].state_dict() for stage in ('ar', 'dmd'))
     still = [name for name, x in before.items() if name.endswith('weight') and torch.equal(x, after[name])]
-    assert all('double_blocks.1.txt_' in name or 'cond_type' in name for name in still), still    # nobody sees them
+    assert all('double_blocks.1.txt_' in name for name in still), still                            # nobody sees them
     for name, args in (('ar', ['--guidance', 1.5, '--over', 'text']), ('dmd', ['--window', 3])):
         run('stream.py', '--ckpt', f'{hunyuan_chain}/{name}.safetensors', '--keys', 'w*3,wl*6', '--out',
             hunyuan_chain / 'walk.gif', *args)

@@ -12,7 +12,7 @@ from backbones.hunyuan import HunyuanConfig
 from camera import keys_to_poses
 from common import load_model
 from conftest import run
-from data import Clips, find_codec
+from data import Clips, find_codec, get_batch
 from test_folder import gradient, realestate
 from test_hunyuan import DIFFUSERS
 from worlds.hunyuan import Hunyuan
@@ -114,12 +114,19 @@ def test_from_video_to_walk(folder, tmp_path):
     z, poses, _, text = clips.read(0)
     assert z.shape == (5, 32, 3, 3) and poses.shape == (5, 4, 4) and text[:PICTURE].any(-1).all()
     assert clips.truth(2, 5).shape == (2, 17, 48, 48, 3)
+    cfg = HunyuanConfig(text_dim=DIM, text_len=PICTURE + LETTERS + 40, image_len=PICTURE)
+    batch = get_batch(Clips(data), 0, 16, 3, cfg)                     # a picture's features go with its window alone
+    firsts = torch.stack([Clips(data).read(i)[0][0].float() for i in range(4)])
+    starts = (batch.x0[:, 0, None] == firsts).flatten(2).all(2).any(1)
+    assert 0 < starts.sum() < 16 and torch.equal(batch.text[:, :PICTURE].any(-1).all(-1), starts)
     few = ('--steps', 2, '--batch', 2, '--frames', 5, '--data', data, '--out', out)
     text = run('finetune_camera.py', '--init', folder, '--camera', 'plucker+prope', '--sink', True, '--sample_steps', 2,
                *few)
     assert 'start from' in text
     run('train_ar.py', '--init', f'{out}/camera.safetensors', '--sample_steps', 2, *few)
     run('distill_ode.py', '--init', f'{out}/ar.safetensors', '--pairs', 4, '--teacher_steps', 4, *few)
+    kept = Clips(f'{out}/pairs-causal').read(0, ['text'])[0]           # words too, behind rows of zeros for letters
+    assert kept[:PICTURE].any(-1).all() and not kept[PICTURE:-40].any() and kept[-1].any()
     run('distill_dmd.py', '--init', f'{out}/ode.safetensors', '--score', f'{out}/camera.safetensors', '--before', 0,
         *few)
     assert load_model(f'{out}/dmd.safetensors')[0].cfg.in_dim == 32

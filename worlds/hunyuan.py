@@ -21,7 +21,7 @@ class Hunyuan:
     """The interface of Dct in data.py. The autoencoder computes in float32, the others in bfloat16."""
     stride = 4                                                # pictures in a latent
     across = 16                                               # pixels in a latent's cell
-    memory = 8                                                # so many latents before it help to decode one
+    memory = 8                                                # latents that are decoded again with each chunk
 
     def __init__(self, folder, device='cpu'):
         try:
@@ -34,6 +34,8 @@ class Hunyuan:
         vae = AutoencoderKLHunyuanVideo15.from_pretrained(f'{folder}/vae', low_cpu_mem_usage=False)
         self.vae = vae.float().to(device).eval().requires_grad_(False)
         self.scale = vae.config.scaling_factor
+        if device != 'cpu':                                   # whole pictures of 480 x 832 take tens of GB
+            self.vae.enable_tiling()
 
     @torch.no_grad()
     def encode(self, frames):
