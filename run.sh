@@ -31,9 +31,9 @@ recipe)
     python data.py --world lowpoly --plans "$PLANS" --out "$DATA"                                  ; took clips
     python finetune_camera.py --camera none --steps 300 --data "$DATA" --out "$OUT"                 ; took base
     python finetune_camera.py --sink True --data "$DATA" --init "$OUT/base.safetensors" --out "$OUT" ; took camera
-    python train_ar.py --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT"                ; took causal
+    python train_ar.py --encoder_blocks 4 --data "$DATA" --init "$OUT/camera.safetensors" --out "$OUT" ; took causal
     python distill_ode.py --teacher_steps 8 --guidance 1.3 --data "$DATA" --init "$OUT/ar.safetensors" --out "$OUT" ; took few-step
-    python distill_dmd.py --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
+    python distill_dmd.py --guidance 1.4 --data "$DATA" --init "$OUT/ode.safetensors" --score "$OUT/camera.safetensors" --out "$OUT" ; took DMD
     python stream.py --ckpt "$OUT/dmd.safetensors" --clip 4 --keys "w*3,wl*3,l*2" --truth True --out "$OUT/walk.mp4" ; took walk
     if [ -e experiments/score.py ]; then                # two tables at a time, each on half of the cores
         export OMP_NUM_THREADS=$((($(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) + 1) / 2))
