@@ -11,7 +11,7 @@ Out: out/ar.safetensors, which walks: python stream.py --ckpt out/ar.safetensors
 Different from minWM: 1) the mask is by frames, read row by row on a CPU and by flex_attention on a GPU; 2)
 the first chunk is one frame, so the model starts from a picture; 3) text and camera are dropped at random;
 4) no weight over t; 5) the history is slightly noised, and with --drift it is the model's own; 6) Muon and an
-EMA; 7) gradient accumulation is real.
+EMA; 7) gradient accumulation is real; 8) --encoder_blocks: so many blocks run once a chunk (run.sh: 4 of 6).
 """
 import time
 from dataclasses import dataclass, replace

@@ -3,9 +3,10 @@ Does the kind of network matter? Wan's (nano) and HunyuanVideo-1.5's (hy-nano) t
 
     OMP_NUM_THREADS=1 python -m experiments.networks
 
-Three seeds of each; clips (data/lowpoly-500, which run.sh makes), batches and steps as in run.sh; about as
-many parameters. Leaves out/networks/PRESET-SEED/, trains nothing twice; 10 to 20 minutes a run on one core.
-The scores are those that each stage prints at its end; ms a frame: a walk of 200 frames in 4 Euler steps.
+Three seeds of each; clips (data/lowpoly-500, which run.sh makes), batches and steps as in run.sh, but clean
+histories, which hy-nano needs; about as many parameters. Leaves out/networks/PRESET-SEED/ and trains nothing
+twice; 10 to 20 minutes a run on one core. The scores are those that each stage prints at its end, ms a frame
+is of a walk in 4 Euler steps.
 """
 import itertools
 import os
@@ -33,7 +34,7 @@ def train(preset, seed, out):
     if not os.path.exists(f'{out}/camera.safetensors'):
         finetune_camera.main(finetune_camera.Config(sink=True, init=f'{out}/base.safetensors', **same))
     if not os.path.exists(f'{out}/ar.safetensors'):
-        train_ar.main(train_ar.Config(init=f'{out}/camera.safetensors', **same))
+        train_ar.main(train_ar.Config(init=f'{out}/camera.safetensors', context_noise=0., context=0., **same))
 
 
 def ms_a_frame(path):

@@ -17,6 +17,11 @@ The first takes minutes and draws assets/papers/scd.png. The others need out/cam
 data/lowpoly-500 (bash run.sh), take 10 to 20 minutes a run on one core and leave out/scd/; what is there is
 not trained again. The split itself is in model.py (encoder_blocks).
 
+What shows at this size (six blocks; tables in NUMBERS.md and LOG.md, 2026-12-01): early features stay the
+same as the paper puts it, but most of that is a mean that all tokens share. That deep blocks hardly look back
+does not show. Split networks predict better than the whole one, the better the more blocks encode. The fewer
+decode, the less sharp DMD leaves them, which guidance of its real score makes up for.
+
 What is ours: the context is added to the decoder's input (x + W c), where the paper concatenates tokens; the
 encoder reads slightly noised frames and is told so; chunks of several frames. Not seen of the paper: how much
 the features of its Figure 2 were normalised.
