@@ -68,6 +68,11 @@ class ModelConfig:
     eviction: str = 'chunks'      # how old frames leave a walk's window: chunks | frames, as minWM (see Walk)
     encoder_blocks: int = 0       # split network: so many blocks run once a chunk, the rest at every step
 
+    @property
+    def cached_blocks(self):
+        """So many of the blocks, the first ones, have keys and values in a KVCache."""
+        return self.encoder_blocks or self.num_layers
+
     def build(self):
         """A new network of this config. The configs of other networks are in backbones/."""
         return DiT(self)
@@ -259,7 +264,7 @@ class KVCache:
         device_type = torch.device(device).type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        self.layers = cfg.encoder_blocks or cfg.num_layers
+        self.layers = cfg.cached_blocks
         # PRoPE's attention must not share the slots of the first one
         slots = 2 * self.layers if 'prope' in cfg.camera else self.layers
         shape = 2, slots, B, frames, L, cfg.num_heads, cfg.dim // cfg.num_heads
@@ -385,7 +390,7 @@ class Attention(nn.Module):
         super().__init__()
         D = cfg.dim
         self.N = cfg.num_heads
-        self.cached = cfg.encoder_blocks or cfg.num_layers            # so many blocks have a cache
+        self.cached = cfg.cached_blocks
         self.q = nn.Linear(D, D)
         self.k = nn.Linear(D, D)
         self.v = nn.Linear(D, D)

@@ -450,8 +450,7 @@ def print_cost(cfg, parameters, args):
     chunk = chunk_flops(cfg, args.steps, L, .75 * args.window)     # the window is between half full and full
     full = flops(cfg, args.frames, L, args.frames)
     forced = forced_flops(cfg, args.frames, L)
-    layers = cfg.encoder_blocks or cfg.num_layers
-    cache = 4 * layers * attentions * args.window * L * cfg.dim
+    cache = 4 * cfg.cached_blocks * attentions * args.window * L * cfg.dim
     tokens = 8 * args.frames * L * cfg.dim * cfg.num_layers        # in float32, each with its gradient
     print(f'{args.height} x {args.width} pixels, {L} tokens a frame, clips of {args.frames} frames, '
           f'a window of {args.window}, batch 1, computed:')

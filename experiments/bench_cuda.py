@@ -142,7 +142,7 @@ def stream_chunks(model, name, computed, steps, times=12):
 
     cameras = itertools.repeat(camera)
     chunks = rollout(model, cameras, batch.text, schedule(steps, 5.), noise, window=FRAMES, renoise=True)
-    layers = model.cfg.encoder_blocks or model.cfg.num_layers
+    layers = model.cfg.cached_blocks
     attentions = 2 if 'prope' in model.cfg.camera else 1
     cache = 4 * attentions * layers * FRAMES * TOKENS * DIM        # keys and values
     state = 2 * parameters + cache
