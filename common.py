@@ -1,6 +1,6 @@
 """
 Utilities that all stages share, and that a first reading may skip: command line, devices, optimizers,
-several processes, checkpoints, logs, gates. It defines no network and no loss.
+several processes, checkpoints, logs, gates. They define no network and no loss.
 """
 import argparse
 import contextlib

@@ -10,7 +10,7 @@ In:  clips (only their first frames, poses and captions are used) and three netw
 
 Out: out/dmd.safetensors, the one with the best pictures, and out/dmd.last.safetensors; for 4, 2 and 1 steps.
 
-    python distill_dmd.py                                                                 # laptop
+    python distill_dmd.py --guidance 1.4                                                  # laptop
     torchrun --nproc_per_node=1 distill_dmd.py --batch 64                                 # one GPU
     torchrun --nproc_per_node=8 distill_dmd.py --batch 64                                 # eight
 

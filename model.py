@@ -130,7 +130,7 @@ def causal_mask(ids):
 
 def teacher_forcing_mask(ids):
     """For the sequence [clean | noisy]: clean sees clean up to its own chunk; noisy sees earlier clean chunks
-    and its own noisy chunk. So every chunk learns to denoise given true history, all in one pass (Causal
+    and its own noisy chunk. So every chunk learns to denoise conditioned on true history, in one pass (Causal
     Forcing, section 3.1).
 
           c0 c1 c2 n0 n1 n2
@@ -987,7 +987,8 @@ def rollout(model, cameras, text, times, noise, first_frame=None, guidance=1.0, 
             exit_step=None, first_times=None, context=0.0, over='camera', jump=None, null_text=None):
     """Generate a video chunk by chunk with a KV cache: yield clean chunks (B, n, C, H, W) for each camera.
     A chunk costs len(times) - 1 calls: the first call of the next chunk also writes it to the cache. (With
-    gradient, or when the window restarts, it is a separate call.)
+    gradient, or when the window restarts, it is a separate call.) In a split network these are the decoder's;
+    the encoder is called once a chunk, and writes the one before.
 
     cameras      iterator of Camera, one per chunk, poses in any world frame; asked only when a chunk is due
     text         (B, text_len, text_dim)

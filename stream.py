@@ -9,7 +9,7 @@ Walk through a trained world: along given keys to a video file, or live, with th
     w s  forward, back     j l  look left, right     a key is 0.25 m or 10 degrees; "wl*8" holds w and l
     a d  left, right       i k  look up, down        for 8 frames; "*4" stands still for 4
 
-Both give `rollout` (model.py) an iterator of cameras and take the pictures as they come. Live, the iterator
+File and page give `rollout` (model.py) an iterator of cameras and take the pictures as they come. Live, it
 waits for keys. Scores and timings: python -m experiments.score, python -m experiments.bench.
 """
 import collections

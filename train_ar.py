@@ -4,7 +4,7 @@ Stage 1: the bidirectional camera model becomes a causal one, by teacher forcing
 In:  clips with poses (data/lowpoly, made if missing) and the camera model (out/camera.safetensors).
 Out: out/ar.safetensors, which walks: python stream.py --ckpt out/ar.safetensors --keys "w*8,wl*8"
 
-    python train_ar.py                                                                    # laptop
+    python train_ar.py --encoder_blocks 4                                                 # laptop
     torchrun --nproc_per_node=1 train_ar.py --preset small --batch 64                     # one GPU
     torchrun --nproc_per_node=8 train_ar.py --preset small --batch 256                    # eight
 
@@ -92,7 +92,7 @@ def loss_fn(model, cfg, batch, history=None):
     t_history = cfg.context_noise * draws.t_history[:, ids]
     history = batch.x0 if history is None else history
     past = replace(batch, x0=add_noise(history, batch.eps, t_history), text=text, camera=camera)
-    # 4) the history and the noisy video in one sequence: same positions, same cameras.
+    # 4) the history and the noisy video, in one sequence if not split: same positions, same cameras.
     #    The mask (a diagram is in model.py) lets noisy chunk i see history chunks < i and itself
     v = teacher_forced(model, model.cfg, past, x_t, t, t_history)
     # 5) the loss is on all noisy frames, frame 0 included: it must be generated from the prompt alone

@@ -1,7 +1,7 @@
 """
 HunyuanVideo-1.5's network, an MMDiT: a second backbone. The recipe does not care which network it is given.
 
-    python finetune_camera.py --camera none --preset hy-nano --steps 300      # and so on, as in run.sh
+    python finetune_camera.py --camera none --preset hy-nano --steps 300      # and so on, not split
     python -m backbones.layouts hy1.5-8b --height 480 --width 832             # what it takes
 
 In Wan's network frames attend to each other and then to the prompt. Here the prompt is a second stream of

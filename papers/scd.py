@@ -3,17 +3,17 @@ Reason once a frame, render at every step: Separable Causal Diffusion (SCD, arXi
 
 Claim. In a causal video model the early blocks say nearly the same at every denoising step, and the deep ones
 hardly look at other frames. So split it: an encoder of the first blocks runs once a frame, over the frames
-before it; a decoder of the others renders the frame in all its steps, and sees that frame alone:
+before it; a decoder of the rest renders the frame in all its steps, and sees that frame alone:
 
     c_i = E(x_<i, camera_<=i)        once, with a KV cache
     v   = D(x_t, t, c_i)             at every step, without
 
     python -m papers.scd                           # the two observations, on checkpoints/ar.safetensors
-    python -m papers.scd dense 4+2 5+1 3+3         # trains each kind with three seeds and prints a table
+    python -m papers.scd dense 4+2 5+1 3+3         # trains each kind (SEEDS=3) and prints a table
     python -m papers.scd "4+2 concat" "4+2 noise"  # and others: see KINDS
     python -m papers.scd guide out/scd/4+2-0/ar.safetensors     # guidance of the decoder alone
 
-The first takes minutes and draws assets/papers/scd.png. The others need out/camera.safetensors and
+The first takes minutes and draws assets/papers/scd.png. The next two need out/camera.safetensors and
 data/lowpoly-500 (bash run.sh), take 10 to 20 minutes a run on one core and leave out/scd/; what is there is
 not trained again. The split itself is in model.py (encoder_blocks).
 
@@ -23,8 +23,8 @@ does not show. Split networks predict better than the whole one, the better the 
 decode, the less sharp DMD leaves them, which guidance of its real score makes up for.
 
 What is ours: the context is added to the decoder's input (x + W c), where the paper concatenates tokens; the
-encoder reads slightly noised frames and is told so; chunks of several frames. Not seen of the paper: how much
-the features of its Figure 2 were normalised.
+encoder reads slightly noised frames and is told so; chunks of several frames. Unknown: how
+the paper normalised the features of its Figure 2.
 """
 import collections
 import itertools
