@@ -20,7 +20,8 @@ not trained again. The split itself is in model.py (encoder_blocks).
 What shows at this size (six blocks; tables in NUMBERS.md and LOG.md, 2026-12-01): early features stay the
 same as the paper puts it, but most of that is a mean that all tokens share. That deep blocks hardly look back
 does not show. Split networks predict better than the whole one, the better the more blocks encode. The fewer
-decode, the less sharp DMD leaves them, which guidance of its real score makes up for.
+decode, the less sharp DMD leaves them, which guidance of its real score makes up for. Adding the context is
+better than concatenating it, .3 dB at frame 7; noise on it changes nothing (one seed).
 
 What is ours: the context is added to the decoder's input (x + W c), where the paper concatenates tokens; the
 encoder reads slightly noised frames and is told so; chunks of several frames. Unknown: how
