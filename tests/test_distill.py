@@ -35,6 +35,8 @@ class Gaussian:
     """A network that knows the data to be N(mean, std^2), each number alone: the exact velocity of its flow, or, with
     jump=True, the velocity whose x0 is the end of the flow. Called with [history | noisy] it treats all alike."""
 
+    cache_type = KVCache
+
     def __init__(self, mean=MEAN, std=STD, jump=False):
         self.mean, self.std, self.jump, self.calls = mean, std, jump, []
         self.cfg = dataclasses.replace(TINY, chunk=1, first_chunk=1, shift=3.0)

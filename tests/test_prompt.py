@@ -32,7 +32,7 @@ class Codec(Dct):
     def __init__(self, b):
         self.b = b
 
-    def embed(self, captions, cfg):
+    def embed(self, captions, cfg, first=None):
         if captions[0]:
             return self.b.text[:len(captions)]
         return torch.zeros(1, 4, 8) if self.b.null_text is None else self.b.null_text
