@@ -10,7 +10,7 @@ Worlds, codecs, captions, clips on disk, batches.
 writes data/<world>/: manifest.json, train and val shards (safetensors, read by memory map), a contact sheet.
 A shard holds, for n clips of F latent frames (a frame is a picture; with --wan all but the first are four):
 
-    latents (n, F, 16, H / 8, W / 8) float16      what the network sees
+    latents (n, F, 16, H / 8, W / 8) float16      what the network sees (HunyuanVideo: 32, H / 16, W / 16)
     c2w     (n, F, 4, 4) float32                  the pose of each latent, in any world frame
     K       (n, 4) float32                        normalised fx, fy, cx, cy
     frames  (n, F, H, W, 3) uint8                 val shards only: the truth; with --wan (n, 4 F - 3, H, W, 3)
@@ -68,7 +68,7 @@ class Config:
     stride: int = 1               # folder: keep every n-th frame
     pose_scale: float = 0.0       # folder: metres in a unit of the poses; -1: unknown, a mean move is 0.15 m
     seed: int = 0
-    wan: str = ''                 # folder of Wan2.1's vae, text_encoder, tokenizer (diffusers'), or nothing
+    wan: str = ''                 # folder of Wan2.1's or HunyuanVideo-1.5's networks (diffusers'), or nothing
 
 # -----------------------------------------------------------------------------
 # world "lowpoly": an exact ray caster. A world is a plan (geometry) and a palette (colours), each from a seed

@@ -251,7 +251,8 @@ def make_shard(cfg, clips, teacher, run, start, count):
     )
     if clips.embedded:
         rows = batch.text.any(2).any(0).nonzero()                          # zeros may lie between them
-        tensors['text'] = batch.text[:, :rows.max() + 1].bfloat16()
+        longest = int(rows.max()) + 1 if len(rows) else 0
+        tensors['text'] = batch.text[:, :longest].bfloat16()
     return {name: x.cpu() for name, x in tensors.items()}, batch.captions
 
 # -----------------------------------------------------------------------------

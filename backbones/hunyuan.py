@@ -75,7 +75,7 @@ def rotary_table(pos, h, w, Dh, device):
     turns with the frame, 3.5 eighths with the row and as many with the column; base 256."""
     n_frame = Dh // 16
     n_space = Dh * 7 // 32
-    frame = axis_turns(pos, n_frame, 256)[:, None, None]       # (F, 1, 1, n_frame)
+    frame = axis_turns(pos, n_frame, 256)[:, None, None]              # (F, 1, 1, n_frame)
     row = axis_turns(range(h), n_space, 256)[:, None]                 # (h, 1, n_space)
     column = axis_turns(range(w), n_space, 256)                       # (w, n_space)
     axes = [turns.expand(len(pos), h, w, -1) for turns in (frame, row, column)]

@@ -24,8 +24,8 @@ decode, the less sharp DMD leaves them, which guidance of its real score makes u
 better than concatenating it, .3 dB at frame 7; noise on it changes nothing (one seed).
 
 What is ours: the context is added to the decoder's input (x + W c), where the paper concatenates tokens; the
-encoder reads slightly noised frames and is told so; chunks of several frames. Unknown: how
-the paper normalised the features of its Figure 2.
+encoder reads slightly noised frames and is told so; chunks of several frames. Unknown: how the paper
+normalised the features of its Figure 2.
 """
 import collections
 import itertools

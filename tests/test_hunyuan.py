@@ -21,9 +21,10 @@ from backbones.layouts import flops, forced_flops
 from backbones.worldplay import action_labels
 import test_cache
 from camera import BadInput, Camera, intrinsics, keys_to_poses, moves
-from common import load_model, load_tensors
+from common import load_model
 from conftest import FLAGS, SMALL, dmd_args, run
 from model import causal_mask, chunk_ids, mask_rows, teacher_forced, teacher_forcing_mask
+from test_split import processes_equal_one
 from test_stages import losses
 
 TINY = dataclasses.replace(PRESETS['hy-tiny'], text_dim=48, text_len=14, image_len=4, image_dim=16, glyph_len=3,
@@ -402,20 +403,7 @@ def test_all_stages_train_it_and_it_walks(hunyuan_chain):
 
 
 def test_two_processes_equal_one(hunyuan_chain, data, tmp_path):
-    args = ['--data', data, '--init', f'{hunyuan_chain}/camera.safetensors', '--steps', 10, *SMALL,
-            '--dtype', 'float32']
-    run('train_ar.py', *args, '--out', tmp_path / 'one')
-    run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
-    run('train_ar.py', *args, '--out', tmp_path / 'fsdp', '--shard', 'fsdp', '--muon', False, torchrun=2)
-    one, two, fsdp = (losses(tmp_path / d) for d in ('one', 'two', 'fsdp'))
-    assert len(one) == 10 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and abs(one[0] - fsdp[0]) < 1e-5
-    args = [*dmd_args(data, hunyuan_chain), '--dtype', 'float32']
-    run('distill_dmd.py', *args, '--out', tmp_path / 'one')
-    run('distill_dmd.py', *args, '--out', tmp_path / 'two', torchrun=2)
-    run('distill_dmd.py', *args, '--out', tmp_path / 'fsdp', '--shard', 'fsdp', '--checkpoint', True, torchrun=2)
-    a, b, c = (load_tensors(f'{tmp_path}/{d}/dmd.resume.safetensors')[0] for d in ('one', 'two', 'fsdp'))
-    for k in a:
-        assert (a[k] - b[k]).abs().max() < 1e-4 and (a[k] - c[k]).abs().max() < 1e-4, k
+    processes_equal_one(hunyuan_chain, data, tmp_path)
 
 
 def test_a_world_model_enters_at_stages_0_1_and_2(data, tmp_path):

@@ -296,21 +296,25 @@ def test_all_stages_train_it_and_it_walks(split_chain):
     assert 'encoder_blocks=1' in words and 'a streamed chunk in 4 steps' in words
 
 
-def test_two_processes_equal_one(split_chain, data, tmp_path):
-    args = ['--encoder_blocks', 1, '--data', data, '--init', f'{split_chain}/camera.safetensors', '--steps', 10, *SMALL,
-            '--dtype', 'float32']
+def processes_equal_one(chain, data, tmp_path, *more):
+    """Stages 1 and 3 on one process, on two, and on two that share the weights; `more` flags of stage 1."""
+    args = [*more, '--data', data, '--init', f'{chain}/camera.safetensors', '--steps', 10, *SMALL, '--dtype', 'float32']
     run('train_ar.py', *args, '--out', tmp_path / 'one')
     run('train_ar.py', *args, '--out', tmp_path / 'two', torchrun=2)
     run('train_ar.py', *args, '--out', tmp_path / 'fsdp', '--shard', 'fsdp', '--muon', False, torchrun=2)
     one, two, fsdp = (losses(tmp_path / d) for d in ('one', 'two', 'fsdp'))
     assert len(one) == 10 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and abs(one[0] - fsdp[0]) < 1e-5
-    args = [*dmd_args(data, split_chain), '--dtype', 'float32']
+    args = [*dmd_args(data, chain), '--dtype', 'float32']
     run('distill_dmd.py', *args, '--out', tmp_path / 'one')
     run('distill_dmd.py', *args, '--out', tmp_path / 'two', torchrun=2)
     run('distill_dmd.py', *args, '--out', tmp_path / 'fsdp', '--shard', 'fsdp', '--checkpoint', True, torchrun=2)
     a, b, c = (load_tensors(f'{tmp_path}/{d}/dmd.resume.safetensors')[0] for d in ('one', 'two', 'fsdp'))
     for k in a:
         assert (a[k] - b[k]).abs().max() < 1e-4 and (a[k] - c[k]).abs().max() < 1e-4, k
+
+
+def test_two_processes_equal_one(split_chain, data, tmp_path):
+    processes_equal_one(split_chain, data, tmp_path, '--encoder_blocks', 1)
 
 
 def test_an_encoder_of_all_blocks_is_refused(split_chain, data, tmp_path):

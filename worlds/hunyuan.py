@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from camera import BadInput
+from worlds.wan import encode_clips, pad_text
 
 
 class Hunyuan:
@@ -37,16 +38,9 @@ class Hunyuan:
         if device != 'cpu':                                   # whole pictures of 480 x 832 take tens of GB
             self.vae.enable_tiling()
 
-    @torch.no_grad()
     def encode(self, frames):
-        """Pictures (B, 4 F - 3, H, W, 3), uint8 or float in [0, 1] -> latents (B, F, 32, H / 16, W / 16), one
-        clip at a time."""
-        x = frames.float() / 255 if frames.dtype == torch.uint8 else frames
-        latents = []
-        for clip in x:
-            clip = clip.to(self.device).movedim(-1, 0)[None] * 2 - 1      # (1, 3, 4 F - 3, H, W) in [-1, 1]
-            latents.append(self.vae.encode(clip).latent_dist.mode())      # (1, 32, F, h, w)
-        return torch.cat(latents).movedim(2, 1) * self.scale
+        """Pictures (B, 4 F - 3, H, W, 3), uint8 or float in [0, 1] -> latents (B, F, 32, H / 16, W / 16)."""
+        return encode_clips(self.vae, frames, self.device) * self.scale
 
     @torch.no_grad()
     def decode(self, z):
@@ -110,5 +104,4 @@ class Hunyuan:
         text = torch.cat([picture, glyphs, words], 1)
         if cfg is None:
             return text
-        from worlds.wan import pad_text
         return pad_text(text, cfg)

@@ -31,6 +31,18 @@ def open_codec(folder, device):
     return Wan(folder, device)
 
 
+@torch.no_grad()
+def encode_clips(vae, frames, device):
+    """Pictures (B, 4 F - 3, H, W, 3), uint8 or float in [0, 1] -> the autoencoder's latents (B, F, C, h, w),
+    one clip at a time."""
+    x = frames.float() / 255 if frames.dtype == torch.uint8 else frames
+    latents = []
+    for clip in x:
+        clip = clip.to(device).movedim(-1, 0)[None] * 2 - 1           # (1, 3, 4 F - 3, H, W) in [-1, 1]
+        latents.append(vae.encode(clip).latent_dist.mode())           # (1, C, F, h, w)
+    return torch.cat(latents).movedim(2, 1)
+
+
 class Wan:
     """The interface of Dct in data.py. The autoencoder computes in float32, the text encoder in bfloat16."""
     stride = 4                                                # pictures in a latent
@@ -50,17 +62,10 @@ class Wan:
         kinds = [type(module).__name__ for module in vae.decoder.modules()]
         self.slots = kinds.count('WanCausalConv3d')           # of the cache: one for each causal convolution
 
-    @torch.no_grad()
     def encode(self, frames):
-        """Pictures (B, 4 F - 3, H, W, 3), uint8 or float in [0, 1] -> latents (B, F, 16, H / 8, W / 8), one
-        clip at a time."""
-        x = frames.float() / 255 if frames.dtype == torch.uint8 else frames
-        latents = []
-        for clip in x:
-            clip = clip.to(self.device).movedim(-1, 0)[None] * 2 - 1      # (1, 3, 4 F - 3, H, W) in [-1, 1]
-            latents.append(self.vae.encode(clip).latent_dist.mode())      # (1, 16, F, h, w)
-        z = (torch.cat(latents) - self.mean) / self.std
-        return z.movedim(2, 1)
+        """Pictures (B, 4 F - 3, H, W, 3), uint8 or float in [0, 1] -> latents (B, F, 16, H / 8, W / 8)."""
+        z = encode_clips(self.vae, frames, self.device)
+        return (z - self.mean[:, 0]) / self.std[:, 0]
 
     def decode(self, z):
         """Latents (B, F, 16, h, w) of whole videos -> pictures (B, 4 F - 3, 8 h, 8 w, 3) in [0, 1]."""
