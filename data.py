@@ -559,13 +559,13 @@ class Clips:
         f, row = self.rows[i]
         return [f.get_slice(key)[row] for key in keys or self.keys]
 
-    def null_text(self, cfg):
-        """The empty prompt as models read it, (1, text_len, text_dim); None where it is zeros."""
+    def null_text(self, text, cfg):
+        """The empty prompt in place of text (B, text_len, text_dim); None where it is zeros."""
         f, _ = self.rows[0]
         if 'null_text' not in f.keys():
             return None
-        from worlds.wan import pad_text
-        return pad_text(f.get_tensor('null_text')[None], cfg)
+        from worlds.wan import without_words
+        return without_words(text, f.get_tensor('null_text'), cfg)
 
     def codec(self, device='cpu'):
         return find_codec(self.wan, str(device))
@@ -624,7 +624,7 @@ class Batch:
     draws: Draws                  # its random numbers
     captions: tuple
     more: tuple = ()              # further tensors of the clips, if Clips was given their keys
-    null_text: torch.Tensor | None = None     # (1, text_len, text_dim) the empty prompt, if it is not zeros
+    null_text: torch.Tensor | None = None     # (B, text_len, text_dim) the empty prompt, if it is not zeros
 
 
 def draw_sample(clips, j, frames, cfg, seed, whole):
@@ -678,7 +678,7 @@ def get_batch(clips, start, count, frames, cfg, seed=0, device='cpu', whole=Fals
     tensors, captions = zip(*samples)
     x0, c2w, K, text, eps, u, jump, *more = (torch.stack(column) for column in zip(*tensors))
     camera = Camera(relative(c2w), K, move=moves(c2w, jump=jump))
-    batch = Batch(x0, camera, text, eps, Draws(u), captions, tuple(more), clips.null_text(cfg))
+    batch = Batch(x0, camera, text, eps, Draws(u), captions, tuple(more), clips.null_text(text, cfg))
     return to_device(batch, device)
 
 

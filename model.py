@@ -690,7 +690,7 @@ def sample_clip(model, noise, text, camera, times, first_frame=None):
 
 
 def empty_prompt(text, null_text):
-    """What text (B, text_len, text_dim) is when it is dropped: null_text (1, text_len, text_dim), as Wan
+    """What text (B, text_len, text_dim) is when it is dropped: null_text (1 or B, text_len, text_dim), as Wan
     embeds the empty prompt, or zeros if that is None."""
     return torch.zeros_like(text) if null_text is None else null_text.expand_as(text)
 

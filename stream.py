@@ -208,7 +208,7 @@ def generate(model, cfg, header, codec, c2w, K, captions, first, noise):
     """Pictures (B, F', H, W, 3) in [0, 1] along the paths c2w (B, F, 4, 4) with intrinsics K (B, 4). F' is F,
     or 4 F - 3 with Wan's codec. first: latents of frame 0, or None. noise: made by data.noise_for."""
     text = codec.embed(captions, model.cfg, first).to(c2w.device)
-    null_text = codec.embed([''], model.cfg).to(text) if cfg.over == 'text' else None
+    null_text = codec.embed([''] * len(captions), model.cfg, first).to(text) if cfg.over == 'text' else None
     K = K[:, None].expand(-1, c2w.shape[1], -1)           # (B, F, 4)
     z = rollout_clip(model, c2w, K, text, noise=noise, first_frame=first,
                      null_text=null_text, **sampler(cfg, header, model.cfg.shift))
@@ -522,7 +522,7 @@ class Live:
         cfg = replace(self.cfg, steps=self.asked['steps'] or usual_steps(self.header))
         prompt = self.asked['prompt'] or self.caption
         text = codec.embed([prompt], m, self.latents).to(self.device)
-        null_text = codec.embed([''], m).to(text) if cfg.over == 'text' else None
+        null_text = codec.embed([''], m, self.latents).to(text) if cfg.over == 'text' else None
         size = m.in_dim, H // codec.across, W // codec.across
         noise = noise_for([(cfg.seed, self.frame)], size, self.device)
         decode = codec.stream()

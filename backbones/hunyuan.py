@@ -23,8 +23,8 @@ HY-WorldPlay's actions (backbones/worldplay.py); or several: --camera prope+acti
 Different from HunyuanVideo-1.5 and minWM: frame 0 may be given, and its time is then 0, as everywhere here;
 theirs is noisy as the others, and its picture is always given. A given frame is also the picture to begin
 with among the 65 input channels (32 noisy, 32 given, 1 mask). So stage 1 wants --context_noise 0: else no
-history has one. Without the text the picture's features are gone too. In a window that rolls in whole chunks
-the words move along, as a sink does, so that frames never get further from them than in training.
+history has one. In a window that rolls in whole chunks the words move along, as a sink does, so that frames
+never get further from them than in training.
 """
 import copy
 import functools

@@ -119,6 +119,9 @@ def test_from_video_to_walk(folder, tmp_path):
     firsts = torch.stack([Clips(data).read(i)[0][0].float() for i in range(4)])
     starts = (batch.x0[:, 0, None] == firsts).flatten(2).all(2).any(1)
     assert 0 < starts.sum() < 16 and torch.equal(batch.text[:, :PICTURE].any(-1).all(-1), starts)
+    assert torch.equal(batch.null_text[:, :PICTURE], batch.text[:, :PICTURE])     # without the prompt the picture stays
+    nothing = find_codec(str(folder)).embed([''], cfg)[:, PICTURE:].expand(16, -1, -1)
+    torch.testing.assert_close(batch.null_text[:, PICTURE:], nothing, rtol=0, atol=.05)               # bfloat16
     few = ('--steps', 2, '--batch', 2, '--frames', 5, '--data', data, '--out', out)
     text = run('finetune_camera.py', '--init', folder, '--camera', 'plucker+prope', '--sink', True, '--sample_steps', 2,
                *few)

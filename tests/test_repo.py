@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 # tokens a file: what one can read in an evening
-MOST_TOKENS = {'model.py': 8925, 'common.py': 4960, 'camera.py': 2080, 'data.py': 6735, 'stream.py': 6145}
+MOST_TOKENS = {'model.py': 8925, 'common.py': 4960, 'camera.py': 2080, 'data.py': 6735, 'stream.py': 6155}
 STAGES = ['finetune_camera.py', 'train_ar.py', 'distill_ode.py', 'distill_dmd.py']
 FOLDERS = ['worlds', 'backbones', 'papers', 'experiments']
 TOP = [os.path.basename(path) for path in sorted(glob.glob(f'{ROOT}/*.py'))]

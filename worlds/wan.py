@@ -119,3 +119,11 @@ def pad_text(text, cfg):
                        'make its clips with its own text encoder')
     text = text[..., :cfg.text_len, :].float()
     return functional.pad(text, (0, 0, 0, cfg.text_len - text.shape[-2]))
+
+
+def without_words(text, null_text, cfg):
+    """text (B, text_len, text_dim) with the words of null_text (tokens, text_dim), the embedded empty prompt;
+    the features of a picture, where the model reads any, stay."""
+    words = pad_text(null_text, cfg).expand_as(text)
+    picture = getattr(cfg, 'image_len', 0)
+    return torch.cat([text[:, :picture], words[:, picture:]], 1)
