@@ -1,11 +1,16 @@
 """The papers' ideas against plain versions of themselves."""
+import math
+
+import pytest
 import torch
 from einops import rearrange
 
 from camera import Camera, relative
-from model import causal_mask, chunk_ids, encoder_inputs, rollout, rotary_table, sinusoid
+from model import KVCache, causal_mask, chunk_ids, encoder_inputs, rollout, rotary_table, sinusoid
+from papers import riflex
 from papers.scd import KINDS, begin_with_both_ends, concatenate, guide_the_decoder_alone, noise_context
 from test_cache import scene
+from test_model import tiny_model
 from test_split import split_model
 
 
@@ -83,3 +88,67 @@ def test_a_decoder_that_begins_with_both_ends():
     for got, want in ((model.blocks[2], first), (model.blocks[3], last)):
         assert all(torch.equal(x, want[name]) for name, x in got.state_dict().items())
     assert set(KINDS) >= {'dense', '4+2', '4+2 concat'}
+
+
+# RIFLEx
+
+def test_riflex_lowers_one_frequency_until_its_period_exceeds_the_frames():
+    theta = riflex.frequencies(12)
+    periods = [2 * math.pi * 10000 ** (2 * (k - 1) / 24) for k in range(1, 13)]
+    torch.testing.assert_close(2 * math.pi / theta, torch.tensor(periods, dtype=torch.float64))
+    assert periods[0] < riflex.TRAINED < periods[1] < riflex.LENGTHS[0] < riflex.LENGTHS[1] < periods[2]
+    lowered = riflex.lower(theta, 2, 27)
+    assert (2 * math.pi / lowered[1]).item() == pytest.approx(27 / .9)
+    assert (lowered == theta).tolist() == [k != 2 for k in range(1, 13)]
+    for k in range(1, 13):                                     # it never raises one; within trained frames it is idle
+        assert (riflex.lower(theta, k, 27) <= theta).all()
+    assert torch.equal(riflex.lower(theta, 2, riflex.TRAINED), theta) and theta[1] == 10000 ** (-1 / 12)
+
+
+def test_riflex_turns_the_frame_axis_alone():
+    """Token by token, in float64: an angle of position times theta for the frame, Wan's for row and column."""
+    pos, h, w, Dh = (0, 3, 26), 2, 3, 64
+    theta = riflex.lower(riflex.frequencies(12), 2, 27)
+    want = torch.zeros(3, h, w, 32, dtype=torch.complex128)
+    for f, place in enumerate(pos):
+        for i in range(h):
+            for j in range(w):
+                angles = [place * x for x in theta.tolist()]
+                angles += [p * 10000 ** (-n / 10) for p in (i, j) for n in range(10)]
+                want[f, i, j] = torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles])
+    got = riflex.turned(theta, pos, h, w, Dh, 'cpu')
+    torch.testing.assert_close(got.to(want), want.view(18, 1, 32), rtol=0, atol=1e-6)
+    plain = riflex.turned(riflex.frequencies(12), pos, h, w, Dh, 'cpu')
+    torch.testing.assert_close(plain, rotary_table(pos, h, w, Dh, 'cpu'), rtol=0, atol=1e-6)
+
+
+def test_riflex_reaches_the_network_and_the_sink_and_is_taken_back():
+    model = tiny_model(camera='none')
+    theta = riflex.frame_frequencies(model.cfg)
+    x, t, text = torch.randn(1, 3, 16, 4, 4), torch.rand(1, 3), torch.randn(1, 4, 8)
+    Dh = model.cfg.dim // model.cfg.num_heads
+    with torch.no_grad():
+        plain = model(x, t, text)
+        with riflex.use(riflex.lower(theta, 1, 27)):
+            assert not torch.equal(model(x, t, text), plain)
+            torch.testing.assert_close(model(x[:, :1], t[:, :1], text), model(x[:, :1], t[:, :1], text, pos=[5]))
+            turn = KVCache(model.cfg, 1, 2, 4, 'cpu').turn(7, Dh, 'cpu')
+            assert turn[0, 0, 0].angle().item() == pytest.approx(7 * .9 * 2 * math.pi / 27, abs=1e-5)
+        assert torch.equal(model(x, t, text), plain)
+
+
+def test_riflex_finds_when_a_video_comes_back():
+    pictures = torch.rand(2, 5, 2, 2, 3)
+    got = riflex.by_lag(riflex.differences(pictures))
+    for n in range(2):
+        for lag in range(5):
+            pairs = [(pictures[n, i] - pictures[n, i + lag]).square().mean().sqrt() for i in range(5 - lag)]
+            torch.testing.assert_close(got[n, lag], sum(pairs) / len(pairs))
+
+    def loop(period, F=27):                                    # of frames on a circle
+        return [abs(math.sin(math.pi * lag / period)) for lag in range(F)]
+    assert [riflex.first_return(loop(period)) for period in (10, 13.5, 20)] == [10, 13, 20]
+    assert riflex.first_return(loop(6.28)) == 13               # not within the trained frames
+    assert riflex.first_return(loop(60)) is None
+    shallow = [1 - .1 * (lag == 14) for lag in range(27)]
+    assert riflex.first_return(shallow) is None
