@@ -1,18 +1,26 @@
-"""The papers' ideas against plain versions of themselves."""
+"""The papers' ideas against plain versions of themselves. (data_uncertainty: tests/test_data_uncertainty.py)"""
 import math
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from einops import rearrange
 
 from camera import Camera, relative
-from model import KVCache, causal_mask, chunk_ids, encoder_inputs, rollout, rotary_table, sinusoid
-from papers import riflex
+from model import KVCache, causal_mask, chunk_ids, encoder_inputs, rollout, rotary_table, schedule, sinusoid
+from papers import analytic_precond, calibration, riflex
+from papers.analytic_precond import (CTM, TIMES, coefficients, error, evaluate, fit, follow, given, mean_slope,
+                                     segment_loss)
 from papers.scd import KINDS, begin_with_both_ends, concatenate, guide_the_decoder_alone, noise_context
 from test_cache import scene
+from test_distill import Gaussian
+from test_distill import batch as random_batch
 from test_model import tiny_model
 from test_split import split_model
 
+# -----------------------------------------------------------------------------
+# SCD
 
 def test_the_concatenating_decoder_reads_context_and_frame_side_by_side():
     """SCD: each chunk on its own, twice the tokens at the same places and times; the frame's half is kept."""
@@ -90,6 +98,7 @@ def test_a_decoder_that_begins_with_both_ends():
     assert set(KINDS) >= {'dense', '4+2', '4+2 concat'}
 
 
+# -----------------------------------------------------------------------------
 # RIFLEx
 
 def test_riflex_lowers_one_frequency_until_its_period_exceeds_the_frames():
@@ -152,3 +161,219 @@ def test_riflex_finds_when_a_video_comes_back():
     assert riflex.first_return(loop(60)) is None
     shallow = [1 - .1 * (lag == 14) for lag in range(27)]
     assert riflex.first_return(shallow) is None
+
+
+# -----------------------------------------------------------------------------
+# calibration
+
+def test_intervals_hold_the_truth_as_often_as_they_should():
+    """Calibration: against a loop; and if truth and samples are of one distribution, however odd, the error is 0."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(20, 200_000, generator=generator).exp() * torch.rand(200_000, generator=generator) ** 4
+    held = calibration.coverage(draws[:-1], draws[-1])
+    for i in range(200):
+        ordered = sorted(draws[:-1, i].tolist())
+        want = [ordered[j - 1] <= draws[-1, i].item() <= ordered[19 - j] for j in range(1, 10)]
+        assert held[:, i].tolist() == want
+    assert calibration.coverage_error(held.mean(1)) < .003
+    torch.testing.assert_close(held.mean(1), torch.arange(9, 0, -1) / 10, rtol=0, atol=.005)
+    held = calibration.coverage(draws[:3], draws[3])                      # three samples, one interval
+    assert held.shape == (1, 200_000) and calibration.coverage_error(held.mean(1)) < .003
+
+
+def over_confident(factors, seed=0):
+    """Samples (19, 8, F, 8, 8, 3) whose deviations are those of the truth (8, F, 8, 8, 3) divided by factors (8, F)."""
+    generator = torch.Generator().manual_seed(seed)
+    n, F = factors.shape
+    centre = torch.randn(n, F, 16, 16, 3, generator=generator)
+    draws = torch.randn(20, n, F, 16, 16, 3, generator=generator)
+    return centre + draws[:-1] / factors.view(n, F, 1, 1, 1), centre + draws[-1]
+
+
+def test_the_temperature_is_found_frame_by_frame():
+    factors = torch.tensor([[1., 3., .5]]).repeat(8, 1)
+    samples, truth = over_confident(factors)
+    T = calibration.fit_temperature(samples, truth)
+    size = 1 / factors[0]                                                 # of the samples; their mean is off as well
+    want = ((1 + size ** 2 / 19) / (1 + 1 / 19)) ** .5 / size
+    torch.testing.assert_close(T, want, rtol=.07, atol=0)
+    before = calibration.error_by_frame(samples, truth)
+    after = calibration.error_by_frame(calibration.temper(samples, T.view(-1, 1, 1, 1)), truth)
+    assert before[0] < .02 and before[1] > .25 and before[2] > .15 and after.max() < .02
+    mean = samples.mean(0)
+    hot = calibration.temper(samples, torch.tensor([1., 2, 3]).view(-1, 1, 1, 1))
+    torch.testing.assert_close(hot.mean(0), mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close((hot - mean)[:, :, 2], 3 * (samples - mean)[:, :, 2], rtol=0, atol=1e-5)
+
+
+def test_what_is_measured_of_walks():
+    """T is fitted on every second world and tested on the others; the last walk plays the truth, and is no sample."""
+    factors = torch.tensor([[1., 3.]]).repeat(8, 1)
+    factors[1::2] = 1                                                     # these worlds need no temperature
+    samples, truth = over_confident(factors)
+    centre = samples.mean(0, keepdim=True)
+    walks = torch.cat([samples, centre]).movedim(0, 1)                    # the last is the mean: never far out
+    walks, truth = (torch.cat([torch.zeros_like(x[..., :1, :, :, :]), x], -4) for x in (walks, truth))
+    seen = torch.rand(8, 3, 16, 16)
+    found = dict(walks=walks, truth=truth, seen=seen, contrast=torch.rand(8, 3, 16, 16))
+    with mock.patch.object(calibration, 'WORLDS', range(8)):
+        row = calibration.measure(found)
+    torch.testing.assert_close(row['T of half of the worlds'], torch.tensor([1., 2.93]), rtol=.07, atol=0)
+    assert row['error of the others'].max() < .02 and row['at this T'][0] < .02 and row['at this T'][1] > .2
+    assert (row['coverage error'] - torch.tensor([0, .14])).abs().max() < .02
+    assert row['if a walk is the truth'].min() > .4                       # all intervals hold it
+    assert abs(row['90 % hold'][0] - .9) < .02
+    assert (row['AUROC of spread'] - .5).abs().max() < .1 and len(row['errors']) == len(row['aurocs']) == 300
+    assert abs(row['errors'].mean() - row['coverage error'].mean()) < .02
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    """Frame by frame over all worlds, the blocks that frame 0 showed in part left out."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(2, 3, 8, 8, generator=generator)
+    seen = torch.rand(2, 3, 8, 8, generator=generator)
+    got = calibration.novelty_auroc(spread, seen)
+    for frame in range(3):
+        value, share = spread[:, frame].flatten().tolist(), seen[:, frame].flatten().tolist()
+        new = [x for x, y in zip(value, share) if y < .1]
+        known = [x for x, y in zip(value, share) if y > .9]
+        assert abs(got[frame] - sum(a > b for a in new for b in known) / len(new) / len(known)) < 1e-6
+
+
+def test_walks_of_one_world_differ_in_their_noise_alone():
+    """And what they are compared with: the truth as latents have it, block by block."""
+    cfg = calibration.Config(ckpt='checkpoints/dmd.safetensors', steps=1, device='cpu')
+    model, header, codec, _ = calibration.prepare(cfg)
+    asked = []
+
+    def generate(*args):
+        asked.append(args)
+        return calibration_generate(*args)
+    calibration_generate = calibration.generate
+    small = mock.patch.multiple(calibration, K=3, FRAMES=3, SHOWN=[1, 2], generate=generate)
+    with small:
+        kept = calibration.walk_often(cfg, model, header, codec, 64)
+    c2w, K, captions, first, noise = asked[0][4:]
+    assert len(set(captions)) == 1 and all((x == x[:1]).all() for x in (c2w, K, first))
+    draws = noise(1)
+    assert len({x.sum().item() for x in draws}) == 4
+    world, _ = calibration.held_out(cfg, header, [64], 3)
+    truth = codec.decode(codec.encode(world['frames']))[0]
+    torch.testing.assert_close(kept['truth'][2, 3, 5], truth[2, 24:32, 40:48].mean((0, 1)))
+    torch.testing.assert_close(kept['walks'][2, 0], kept['truth'][0], rtol=0, atol=1e-5)
+    assert (kept['walks'][0, 1] - kept['walks'][1, 1]).abs().max() > 1e-3
+    assert kept['seen'][0].min() > .99 and 0 < kept['seen'][2].mean() < 1
+    want = truth[1:, 24:32, 40:48].var((1, 2), correction=0).sum(-1)
+    torch.testing.assert_close(kept['contrast'][1:, 3, 5], want, rtol=.01, atol=1e-6)
+    assert torch.equal(kept['shown'][0], truth[1:]) and kept['shown'].shape == (4, 2, 128, 128, 3)
+    spread = calibration.block_means(kept['shown'][2]).mean((1, 2, 3)) / 4
+    assert (spread > kept['walks'][:3, 1:].std(0).mean((1, 2, 3))).all()      # a mean of 64 pixels varies less
+
+
+# -----------------------------------------------------------------------------
+# Analytic-Precond
+
+def test_without_slope_the_coefficients_are_ctms_and_no_jump_moves_nothing():
+    times = schedule(48, 4.)[:-1].double()
+    zero = torch.zeros(48, 2, 3).double()
+    want = (times[None] / times[:, None])[..., None, None].expand(48, 48, 2, 3)
+    torch.testing.assert_close(coefficients(times, zero, zero + 3), torch.stack([want, 1 - want]))
+    f, g = coefficients(times, torch.rand_like(zero), torch.rand_like(zero) + .1)
+    torch.testing.assert_close(f.diagonal(), torch.ones(2, 3, 48).double())
+    assert not g.diagonal().any()
+
+
+def test_for_gaussian_data_the_jump_is_the_exact_flow():
+    """Rectified flow of N(mean, std^2): x_s = (1 - s) mean + sqrt(var_s / var_t) (x_t - (1 - t) mean). A student that
+    knows the teacher's D at s lands there; its D - l x keeps its direction."""
+    times = torch.logspace(0, -2, 600).double()
+    mean, std = torch.tensor([2., -.5]).double(), torch.tensor([.3, 1.]).double()
+    t = times[:, None]
+    variance = (1 - t) ** 2 * std ** 2 + t ** 2
+    l = (1 - t) * std ** 2 / variance
+    offset = (1 - l * (1 - t)) * mean                                 # D = l x + offset
+    f, g = coefficients(times, l[:, None], offset.abs()[:, None])[..., 0, :]
+    x = torch.tensor([1.3, .2]).double()
+    for i, j in ((0, 599), (0, 140), (140, 300), (300, 599)):
+        at_s = (1 - t[j]) * mean + (variance[j] / variance[i]).sqrt() * (x - (1 - t[i]) * mean)
+        torch.testing.assert_close(f[i, j] * x + g[i, j] * (l[j] * at_s + offset[j]), at_s, rtol=1e-4, atol=0)
+
+
+def test_hutchinsons_trace_of_a_linear_network():
+    torch.manual_seed(0)
+    W = .1 * torch.randn(3, 64, 64).double() + torch.tensor([0., .5, 1.])[:, None, None] * torch.eye(64)
+
+    def denoise(x, t):                                                # each frame by its own matrix
+        return torch.einsum('fij,bfj->bfi', W, x.flatten(2)).view(x.shape)
+    got = mean_slope(denoise, torch.zeros(4000, 3, 4, 4, 4).double(), 1).mean(0)
+    want = W.diagonal(0, 1, 2).unflatten(1, (4, 16)).mean(2)
+    torch.testing.assert_close(got, want, rtol=0, atol=.01)
+
+
+def flow(x, t, s):
+    """Where the ODE of Gaussian data goes from time t to time s: the same quantile."""
+    teacher = Gaussian()
+    deviation = [((1 - u) ** 2 * teacher.std ** 2 + u ** 2).sqrt() for u in (s, t)]
+    return (1 - s) * teacher.mean + deviation[0] / deviation[1] * (x - (1 - t) * teacher.mean)
+
+
+def test_a_gaussian_teacher_leaves_no_gap_under_its_own_coefficients(data, monkeypatch):
+    """Its path is the exact flow, its slope is known, and what its student must know is its D at s."""
+    monkeypatch.setattr(analytic_precond, 'CFG', replace(analytic_precond.CFG, frames=5))
+    monkeypatch.setattr(analytic_precond, 'clips_128', lambda: data)
+    teacher = Gaussian()
+    denoise, noise = given('val', teacher)
+    x, D = follow(denoise, noise)
+    t = TIMES.view(-1, 1, 1, 1, 1, 1)
+    torch.testing.assert_close(x, flow(noise, torch.ones(()), t), rtol=0, atol=3e-3)
+    torch.testing.assert_close(D, teacher.x0(x, t), rtol=0, atol=1e-3)
+    l = torch.stack([mean_slope(denoise, *state) for state in zip(x, TIMES)]).mean(1)
+    want = (1 - t) * teacher.std ** 2 / ((1 - t) ** 2 * teacher.std ** 2 + t ** 2)
+    torch.testing.assert_close(l, want.view(-1, 1, 1).expand(l.shape), rtol=0, atol=2e-3)
+    for i, j in ((0, 12), (12, 24), (24, 36), (3, 9), (36, 45)):
+        for axes in ((1, 2), (2,), (1,)):
+            gaps = [error(lambda *_: D[j], x, i, j, table) for table in (fit(x, D, l, axes), CTM)]
+            assert gaps[0] < .1 * gaps[1], (axes, i, j)
+    to_0 = fit(x, D, l, (1, 2))[:, :-1, -1]                           # there is no choice: the student predicts D
+    torch.testing.assert_close(to_0, CTM[:, :-1, -1], rtol=0, atol=2e-3)
+
+
+def test_coefficients_that_a_frame_has_to_itself():
+    x, D, l = torch.randn(49, 4, 2, 3, 2, 2), torch.randn(49, 4, 2, 3, 2, 2), torch.rand(49, 2, 3)
+    table = fit(x, D, l, (2,))
+    for frame in range(2):
+        own = l[:, frame].mean(1)
+        rest = D[:, :, frame] - own.view(-1, 1, 1, 1, 1) * x[:, :, frame]
+        want = coefficients(TIMES, own[:, None, None], rest.flatten(1).square().mean(1).sqrt()[:, None, None])
+        torch.testing.assert_close(table[..., frame, :], want[..., 0, :], rtol=1e-4, atol=1e-5)
+
+
+class Jumper(Gaussian):
+    """Knows, of Gaussian data, the D with which a jump by this table ends where the flow does."""
+
+    def __init__(self, table):
+        super().__init__(jump=True)
+        self.table = table
+
+    def end(self, x, t):
+        i = (t.flatten(1)[:, 0, None] - TIMES).abs().argmin(1)        # (B,)
+        j = (i // 12 * 12 + 12).clamp(max=48)
+        f, g = self.table[:, i, j, ..., None, None]
+        return (flow(x, t, TIMES[j].view(-1, 1, 1, 1, 1)) - f * x) / g.clamp(min=1e-6)
+
+
+def test_the_student_that_hits_the_flow_has_no_loss_and_no_distance(data, monkeypatch):
+    cfg = replace(analytic_precond.CFG, frames=5)
+    monkeypatch.setattr(analytic_precond, 'CFG', cfg)
+    monkeypatch.setattr(analytic_precond, 'clips_128', lambda: data)
+    half = torch.full((49, 5, 16), .5)
+    for table in (CTM, coefficients(TIMES, half, half * TIMES.view(-1, 1, 1))):
+        student, teacher, batch = Jumper(table), Gaussian(), random_batch(B=64)
+        x = torch.randn(8, 5, 16, 4, 4)
+        path = torch.stack([flow(x, torch.ones(()), t) for t in TIMES])
+        assert max(evaluate(student, path, table).values()) < 1e-3
+        assert min(evaluate(teacher, path, table).values()) > .01
+        more = batch, teacher, student.__call__, table                # the average is a function, as in distill_ode
+        loss, errors, t = segment_loss(student, cfg, *more)
+        assert loss < 1e-4 < .01 * segment_loss(teacher, cfg, *more)[0]
+        assert errors.shape == t.shape == (64, 5)
