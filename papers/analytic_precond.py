@@ -25,7 +25,7 @@ What shows here (LOG.md): no effect. The teacher keeps little of its noisy input
 at t = .21), so f and g differ from CTM's by 1 %, and the gap is 1 % smaller, though in all 25 jumps. With
 coefficients for each frame it is 7 % smaller, mostly because of frame 0, which has no history. But students
 trained with these are no nearer to the teacher after 60 steps, and further off in the first two segments:
-three seeds. A student that begins as the teacher knows D at t, not at s, and that gap is 8 % larger.
+three seeds. Perhaps because they begin with the teacher's D at t, not at s, and that gap is 8 % larger.
 
 What is ours: rectified flow (the ODE is the same); coefficients of each frame or channel; the student has no
 input for s, as each t has one s; loss and errors are divided by CTM's g. The paper's Equations 9 to 17 could
