@@ -7,9 +7,11 @@ import pytest
 import torch
 from einops import rearrange
 
-from camera import Camera, relative
-from model import KVCache, causal_mask, chunk_ids, encoder_inputs, rollout, rotary_table, schedule, sinusoid
-from papers import analytic_precond, calibration, riflex
+from camera import Camera, intrinsics, make_pose, moves, rays, relative
+from data import Batch, Draws, decode, encode
+from model import (KVCache, causal_mask, chunk_ids, encoder_inputs, rollout, rollout_clip, rotary_table, schedule,
+                   sinusoid)
+from papers import analytic_precond, bridge, calibration, riflex
 from papers.analytic_precond import (CTM, TIMES, coefficients, error, evaluate, fit, follow, given, mean_slope,
                                      segment_loss)
 from papers.scd import KINDS, begin_with_both_ends, concatenate, guide_the_decoder_alone, noise_context
@@ -377,3 +379,144 @@ def test_the_student_that_hits_the_flow_has_no_loss_and_no_distance(data, monkey
         loss, errors, t = segment_loss(student, cfg, *more)
         assert loss < 1e-4 < .01 * segment_loss(teacher, cfg, *more)[0]
         assert errors.shape == t.shape == (64, 5)
+
+
+# -----------------------------------------------------------------------------
+# bridge
+
+def bridge_scene():
+    """x0, y, z (2, 3, 16, 64, 64), float64, with y off by .3; times t > r (2, 3); the bridge."""
+    g = torch.Generator().manual_seed(3)
+    x0, z, e = torch.randn(3, 2, 3, 16, 64, 64, generator=g, dtype=torch.float64)
+    t = .05 + .9 * torch.rand(2, 3, generator=g, dtype=torch.float64)
+    return x0, x0 + .3 * e, z, t, t * torch.rand(2, 3, generator=g, dtype=torch.float64), bridge.Bridge(.3)
+
+
+def test_states_of_one_bridge_are_steps_of_its_ode():
+    """CBT: with the same z, a step of the ODE with the true x0 leads from one state to the other. The step is CDBM's
+    Eq. 16, for alpha 1 and rho^2 = size^2 t, and DBIM's without noise (eta 0)."""
+    x0, y, z, t, r, process = bridge_scene()
+    x_t, x_r = process.state(x0, y, z, t), process.state(x0, y, z, r)
+    t, r = t[..., None, None, None], r[..., None, None, None]
+    rho_T2 = torch.tensor(.3 ** 2, dtype=torch.float64)
+    rho_t, rho_r = (rho_T2 * t).sqrt(), (rho_T2 * r).sqrt()
+    bar_t, bar_r = (rho_T2 - rho_t ** 2).sqrt(), (rho_T2 - rho_r ** 2).sqrt()
+
+    def eq16(x, x0):
+        of_x0 = bar_r ** 2 - bar_t * rho_r * bar_r / rho_t
+        of_y = rho_r ** 2 - rho_t * rho_r * bar_r / bar_t
+        return rho_r * bar_r / (rho_t * bar_t) * x + (of_x0 * x0 + of_y * y) / rho_T2
+
+    def dbim(x, x0):
+        coefficients = []
+        for s in (t, r):
+            one, none = torch.ones_like(x0), torch.zeros_like(x0)
+            s = s[..., 0, 0, 0]
+            coefficients.append([process.state(*units, s) for units in
+                                 ((none, one, none), (one, none, none), (none, none, one))])
+        (a, b, c), (A, B, C) = coefficients
+        return C / c * x + (B - b * C / c) * x0 + (A - a * C / c) * y
+    for step in (eq16, dbim):
+        torch.testing.assert_close(step(x_t, x0), x_r, rtol=0, atol=1e-10)
+    torch.testing.assert_close(eq16(x_t, z), dbim(x_t, z), rtol=0, atol=1e-10)
+
+
+def test_the_network_is_told_how_far_a_state_is_from_its_frame():
+    """What it gets is (1 - time) x0 + time e with an e of size 1, as in flow matching; at t = 0 it is not needed."""
+    x0, y, z, t, _, process = bridge_scene()
+
+    def oracle(x, time):
+        time = time[..., None, None, None]
+        e = (x - (1 - time) * x0) / time
+        assert (e.square().mean((2, 3, 4)).sqrt() - 1).abs().max() < .02
+        return e - x0
+    for process, guess in ((process, y), (bridge.FromNoise(), None)):
+        x = process.state(x0, guess, z, t)
+        torch.testing.assert_close(process.predict(oracle, x, t), x0)
+        x = process.state(x0, x0 if guess is None else y, z, 0 * t)
+        assert torch.equal(process.predict(lambda x, t: torch.ones_like(x), x, 0 * t), x0)
+
+
+def test_consistency_pairs_share_their_noise(monkeypatch):
+    """Both networks see the same y and z, at t and at share t; the target is x0 for share 0, and has no gradient."""
+    x0, y, z, _, _, process = bridge_scene()
+    model, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    model.cfg = tiny_model().cfg
+    u = torch.rand(2, 10, dtype=torch.float64)
+    batch = Batch(x0, Camera(torch.eye(4).expand(2, 3, 4, 4), None), None, z, Draws(u), ())
+    calls = []
+
+    def stub(net, cfg, past, x, t, level):
+        calls.append((net, x, t, past.x0, level))
+        return 0 * x + (net is model) * net.weight.double()
+    monkeypatch.setattr(bridge, 'teacher_forced', stub)
+    def guess(latents, move, K):
+        level = .3 * u[:, 7:, None, None, None]
+        torch.testing.assert_close(latents, ((1 - level) * x0 + level * z)[:, [2, 0, 1]])
+        return y
+    for share in (.75, 0):
+        calls.clear()
+        loss, _, _ = bridge.consistency_loss(model, average, process, guess, batch, share)
+        t = 4 * u[:, :3] / (1 + 3 * u[:, :3])                 # shift 4
+        want = []
+        for net, time in ((average, share * t), (model, t)):
+            n = .3 * time.sqrt()
+            want.append((net, process.state(x0, y, z, time) / (1 + n)[..., None, None, None], n / (1 + n)))
+        for (net, x, time, past, level), (want_net, want_x, want_time) in zip(calls, want, strict=True):
+            assert net is want_net and torch.equal(past, calls[0][3]) and torch.equal(level, calls[0][4])
+            torch.testing.assert_close((x, time), (want_x, want_time))
+        (_, target, _), (_, x, time) = want
+        jumped = x - time[..., None, None, None] * model.weight.item()
+        torch.testing.assert_close(loss, (jumped - target)[:, 1:].square().mean())
+        if share == 0:
+            torch.testing.assert_close(target, x0)
+        model.zero_grad()
+        loss.backward()
+        assert model.weight.grad is not None and average.weight.grad is None
+
+
+def test_a_bridge_from_noise_walks_like_the_recipe():
+    model = tiny_model(sink=True)
+    F = 6
+    c2w, K, text, _ = scene(F, 4, 4)
+    first = torch.randn(2, 1, 16, 4, 4)
+
+    def noise():
+        g = torch.Generator().manual_seed(5)
+        return lambda n: torch.randn(2, n, 16, 4, 4, generator=g)
+    args, options = (model, c2w, K, text, schedule(2, model.cfg.shift)), dict(window=4, context=.1)
+    got = bridge.follow(bridge.FromNoise(), bridge.unchanged, *args, noise(), first, **options)
+    with torch.no_grad():
+        want = rollout_clip(*args, noise(), first, renoise=True, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_guesses_are_made_of_the_frame_before():
+    """Without a network every frame is its guess, from what came out before and the move from there."""
+    model = tiny_model(sink=True)
+    c2w, K, text, noise = scene(4, 4, 4)
+    first, seen = torch.randn(2, 1, 16, 4, 4), []
+
+    def guess(latents, move, K):
+        seen.append(move)
+        return latents + 1
+    got = bridge.follow(None, guess, model, c2w, K, text, schedule(0, 4), noise, first, window=9, context=.1)
+    torch.testing.assert_close(got - first, torch.arange(4.).view(1, 4, 1, 1, 1).expand_as(got))
+    torch.testing.assert_close(torch.cat(seen, 1), moves(c2w)[:, 1:])
+
+
+def test_the_warp_shows_a_ball_from_inside():
+    """Waves on the inside of a ball around the new pose: the frame before sees them from elsewhere, and warped it shows
+    what the new pose sees."""
+    K = intrinsics(90, 1).expand(1, 2, 4)
+    c2w = make_pose(torch.tensor([[.5, -.2, -.6], [0., 0, 0]]), torch.tensor([-8., 4]), torch.tensor([5., 0]))[None]
+    origin, direction = rays(c2w, K, 64, 64)
+    origin = origin[:, :, None, None].expand_as(direction)
+    along = (origin * direction).sum(-1)
+    distance = -along + (along ** 2 - origin.square().sum(-1) + bridge.DISTANCE ** 2).sqrt()
+    point = origin + distance[..., None] * direction          # of the ball
+    picture = .5 + .3 * torch.sin(2 * point)
+    guess = bridge.warped(encode(picture[:, :1]), moves(c2w)[:, 1:], K[:, 1:])
+    inside = slice(20, 44)
+    error, still = ((x - picture[0, 1])[inside, inside].abs().mean() for x in (decode(guess)[0, 0], picture[0, 0]))
+    assert error < .01 and still > .06
