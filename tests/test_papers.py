@@ -179,12 +179,14 @@ def test_intervals_hold_the_truth_as_often_as_they_should():
         assert held[:, i].tolist() == want
     assert calibration.coverage_error(held.mean(1)) < .003
     torch.testing.assert_close(held.mean(1), torch.arange(9, 0, -1) / 10, rtol=0, atol=.005)
+    shares = torch.tensor([.85, .5, .15])                                 # too wide and too narrow do not cancel
+    torch.testing.assert_close(calibration.coverage_error(shares), torch.tensor(.2 / 3))
     held = calibration.coverage(draws[:3], draws[3])                      # three samples, one interval
     assert held.shape == (1, 200_000) and calibration.coverage_error(held.mean(1)) < .003
 
 
 def over_confident(factors, seed=0):
-    """Samples (19, 8, F, 8, 8, 3) whose deviations are those of the truth (8, F, 8, 8, 3) divided by factors (8, F)."""
+    """Samples (19, n, F, 16, 16, 3) whose deviations are the truth's (n, F, 16, 16, 3) divided by factors (n, F)."""
     generator = torch.Generator().manual_seed(seed)
     n, F = factors.shape
     centre = torch.randn(n, F, 16, 16, 3, generator=generator)
@@ -213,19 +215,21 @@ def test_what_is_measured_of_walks():
     factors = torch.tensor([[1., 3.]]).repeat(8, 1)
     factors[1::2] = 1                                                     # these worlds need no temperature
     samples, truth = over_confident(factors)
-    centre = samples.mean(0, keepdim=True)
-    walks = torch.cat([samples, centre]).movedim(0, 1)                    # the last is the mean: never far out
+    walks = torch.cat([samples, samples[:1] + 100]).movedim(0, 1)         # the last is far out
     walks, truth = (torch.cat([torch.zeros_like(x[..., :1, :, :, :]), x], -4) for x in (walks, truth))
-    seen = torch.rand(8, 3, 16, 16)
+    spread = torch.zeros(8, 3, 16, 16)
+    spread[:, 1:] = ((samples - samples.mean(0)).square().sum(0) / 18).sqrt().sum(-1)
+    seen = (spread < spread.flatten(2).median(-1).values.mean(0)[:, None, None]).float()
     found = dict(walks=walks, truth=truth, seen=seen, contrast=torch.rand(8, 3, 16, 16))
     with mock.patch.object(calibration, 'WORLDS', range(8)):
         row = calibration.measure(found)
     torch.testing.assert_close(row['T of half of the worlds'], torch.tensor([1., 2.93]), rtol=.07, atol=0)
     assert row['error of the others'].max() < .02 and row['at this T'][0] < .02 and row['at this T'][1] > .2
     assert (row['coverage error'] - torch.tensor([0, .14])).abs().max() < .02
-    assert row['if a walk is the truth'].min() > .4                       # all intervals hold it
+    assert row['if a walk is the truth'].min() > .49                      # no interval holds it
     assert abs(row['90 % hold'][0] - .9) < .02
-    assert (row['AUROC of spread'] - .5).abs().max() < .1 and len(row['errors']) == len(row['aurocs']) == 300
+    assert row['AUROC of spread'].min() == 1 and (row['of contrast'] - .5).abs().max() < .1
+    assert len(row['errors']) == len(row['aurocs']) == 300
     assert abs(row['errors'].mean() - row['coverage error'].mean()) < .02
 
 
@@ -246,12 +250,12 @@ def test_walks_of_one_world_differ_in_their_noise_alone():
     """And what they are compared with: the truth as latents have it, block by block."""
     cfg = calibration.Config(ckpt='checkpoints/dmd.safetensors', steps=1, device='cpu')
     model, header, codec, _ = calibration.prepare(cfg)
-    asked = []
+    asked, videos, real = [], [], calibration.generate
 
     def generate(*args):
         asked.append(args)
-        return calibration_generate(*args)
-    calibration_generate = calibration.generate
+        videos.append(real(*args))
+        return videos[-1]
     small = mock.patch.multiple(calibration, K=3, FRAMES=3, SHOWN=[1, 2], generate=generate)
     with small:
         kept = calibration.walk_often(cfg, model, header, codec, 64)
@@ -268,8 +272,10 @@ def test_walks_of_one_world_differ_in_their_noise_alone():
     want = truth[1:, 24:32, 40:48].var((1, 2), correction=0).sum(-1)
     torch.testing.assert_close(kept['contrast'][1:, 3, 5], want, rtol=.01, atol=1e-6)
     assert torch.equal(kept['shown'][0], truth[1:]) and kept['shown'].shape == (4, 2, 128, 128, 3)
-    spread = calibration.block_means(kept['shown'][2]).mean((1, 2, 3)) / 4
-    assert (spread > kept['walks'][:3, 1:].std(0).mean((1, 2, 3))).all()      # a mean of 64 pixels varies less
+    three = videos[0][:3, 1:]
+    mean = three.sum(0) / 3
+    torch.testing.assert_close(kept['shown'][2], 4 * ((three - mean).square().sum(0) / 2).sqrt(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(kept['shown'][3], 4 * (mean - truth[1:]).abs(), rtol=0, atol=1e-5)
 
 
 # -----------------------------------------------------------------------------
