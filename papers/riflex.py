@@ -21,8 +21,8 @@ It makes data/lowpoly-500 if it is missing, trains three base models as run.sh d
 draws assets/papers/riflex.png. Models and videos stay in out/riflex/.
 
 What shows here (tables in LOG.md, 2026-12-01). The loop is reproduced: trained on 9 frames and sampled for 18
-or 27, 92 % of the videos come back, most after 13 to 15 frames. Lowering the 1st frequency changes nothing;
-lowering the 2nd for 18 frames leaves 4 % that come back. Over 4 frames that costs 8 % of the motion,
+or 27, 92 and 96 % of the videos come back, most after 13 to 15 frames. Lowering the 1st frequency changes
+nothing; lowering the 2nd for 18 frames leaves 8 % that come back. Over 4 frames that costs 8 % of the motion,
 interpolation 21 %. For 27 frames the rule moves the return to frame 26: a rotation brings frames nearer again
 after half a period, which is now 30. Only twice as low is the loop gone, and as slow as by interpolation.
 

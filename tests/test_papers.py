@@ -8,10 +8,11 @@ import torch
 from einops import rearrange
 
 from camera import Camera, intrinsics, make_pose, moves, rays, relative
+from common import load_model, save_model
 from data import Batch, Draws, decode, encode
-from model import (KVCache, causal_mask, chunk_ids, encoder_inputs, rollout, rollout_clip, rotary_table, schedule,
-                   sinusoid)
-from papers import analytic_precond, bridge, calibration, riflex
+from model import (KVCache, add_noise, causal_mask, chunk_ids, encoder_inputs, rollout, rollout_clip, rotary_table,
+                   schedule, sinusoid)
+from papers import analytic_precond, bridge, calibration, ddo, riflex
 from papers.analytic_precond import (CTM, TIMES, coefficients, error, evaluate, fit, follow, given, mean_slope,
                                      segment_loss)
 from papers.scd import KINDS, begin_with_both_ends, concatenate, guide_the_decoder_alone, noise_context
@@ -526,3 +527,115 @@ def test_the_warp_shows_a_ball_from_inside():
     inside = slice(20, 44)
     error, still = ((x - picture[0, 1])[inside, inside].abs().mean() for x in (decode(guess)[0, 0], picture[0, 0]))
     assert error < .01 and still > .06
+
+
+# -----------------------------------------------------------------------------
+# DDO
+
+def ddo_windows(model, seed=0):
+    """A batch of windows as DDO makes them of random latents."""
+    clips = random_batch(seed)
+    with mock.patch.multiple(ddo, WINDOWS=3, BATCH=3, get_batch=lambda *a: clips):
+        (batch,) = ddo.make_windows(model, None, 0)
+    return clips, batch
+
+
+def alone(model, batch, x, t, i):
+    """The velocity of frame i alone, behind the frames before it: one sequence, no mask of teacher forcing."""
+    seen, level = slice(i + 1), batch.more[2] if batch.more else None
+    camera = batch.camera.frames(seen)
+    history = torch.cat([batch.x0[:, :i], x[:, None]], 1)
+    times = torch.cat([level[:, :i], t[:, None]], 1)
+    if not model.cfg.encoder_blocks:
+        return model(history, times, batch.text, camera, causal_mask(torch.arange(i + 1)), last=1)[:, 0]
+    padded = lambda y, last: torch.cat([y[:, :i], last], 1)
+    inputs = encoder_inputs(model.cfg, padded(batch.x0, 9 * x[:, None]), padded(level, .3 * t[:, None]), camera)
+    return model(history, times, batch.text, camera, causal_mask(torch.arange(i + 1)), context=inputs)[:, -1]
+
+
+@pytest.mark.parametrize('alpha', [.5, 4.])
+def test_ddo_starts_where_nothing_can_be_told_apart(alpha):
+    """theta = reference: Delta is 0, the loss (1 + alpha) log 2 before the division. Only theta learns."""
+    model, reference = split_model(), split_model()
+    _, batch = ddo_windows(reference)
+    real, fake = ddo.both_ratios(model, reference, batch)
+    assert max(real.abs().max(), fake.abs().max()) < 1e-5 and real.shape == (3, 4)      # attention with gradient rounds
+    loss = ddo.ddo_loss(real, fake, alpha, 30.)
+    assert abs(loss.item() * max(alpha, 1) - (1 + alpha) * math.log(2)) < 1e-4
+    loss.backward()
+    assert all(p.grad is None for p in reference.parameters()) and model.head.head.weight.grad.any()
+
+
+@pytest.mark.parametrize('beta', [1., .5, .2])
+def test_ddo_on_a_table_ends_at_the_density_of_the_paper(beta):
+    """Theorem 3.3: p* ~ p_ref^(1 - 1 / beta) p_data^(1 / beta), for a normalised model at this alpha."""
+    counts = torch.tensor([[5, 1, 2, 8], [2, 6, 4, 4]])
+    data, reference = counts.double() / 16
+    alpha = (reference * (data / reference) ** (1 / beta)).sum() ** beta
+    samples = [torch.arange(4).repeat_interleave(n) for n in counts]        # expectations, exactly
+    logits = torch.zeros(4, dtype=torch.float64)
+    loss = lambda z: ddo.ddo_loss(*[(z.log_softmax(0) - reference.log())[i] for i in samples], alpha.item(), beta)
+    for _ in range(100):                                                    # Newton, a little damped
+        H = torch.autograd.functional.hessian(loss, logits) + 1e-9 * torch.eye(4)
+        logits = logits - .5 * torch.linalg.solve(H, torch.autograd.functional.jacobian(loss, logits))
+    want = reference ** (1 - 1 / beta) * data ** (1 / beta)
+    torch.testing.assert_close(logits.softmax(0), want / want.sum(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize('kind', [tiny_model, split_model])
+def test_ddo_fakes_and_errors_frame_by_frame(kind):
+    """A fake is where Euler steps end, each frame behind the true, noised history; so is the error of x0."""
+    model = kind()
+    clips, batch = ddo_windows(model)
+    real, fake, level = batch.more
+    assert real is clips.x0
+    torch.testing.assert_close(batch.x0, add_noise(real, clips.eps, level))
+    assert level.max() <= .3 and level.unique().numel() == level.numel()
+    eps, t = ddo.draw(batch, 4.)
+    times = schedule(8, model.cfg.shift)
+    with torch.no_grad():
+        for i in (0, 1, 4):
+            x = clips.eps[:, i]
+            for a, b in zip(times[:-1], times[1:]):
+                x = x + (b - a) * alone(model, batch, x, a.expand(3), i)
+            torch.testing.assert_close(fake[:, i], x, rtol=0, atol=1e-4)
+            for x0 in real, fake:
+                x_t = add_noise(x0, eps, t)[:, i]
+                v = alone(model, batch, x_t, t[:, i], i)
+                want = [(x_t[b] - t[b, i] * v[b] - x0[b, i]).square().mean() for b in range(3)]
+                got = ddo.error(model, batch, x0, eps, t)[:, i]
+                torch.testing.assert_close(got, torch.stack(want), rtol=1e-3, atol=1e-6)
+
+
+def test_ddo_shares_noise_and_times_between_reals_fakes_and_networks():
+    model, other = split_model(), split_model(seed=1)
+    _, batch = ddo_windows(other)
+    real, fake, level = batch.more
+    torch.manual_seed(0)
+    eps, t = ddo.draw(batch, model.cfg.shift)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        got = ddo.both_ratios(model, other, batch)
+        for delta, x0 in zip(got, (real, fake)):
+            want = ddo.error(other, batch, x0, eps, t) - ddo.error(model, batch, x0, eps, t)
+            torch.testing.assert_close(delta, want[:, 1:])
+        same = replace(batch, more=(real, real, level))
+        a, b = ddo.both_ratios(model, other, same)
+    assert torch.equal(a, b) and a.any()
+
+
+def test_ddo_keeps_the_best_of_a_round_not_the_last(tmp_path):
+    model = split_model()
+    start, path = f'{tmp_path}/ar.safetensors', f'{tmp_path}/best.safetensors'
+    save_model(start, model.state_dict(), model.cfg, stage='ar')
+    seen = []
+
+    def evaluate(net, clips):
+        seen.append(net.head.head.bias.detach().clone())
+        return {'score': [3., 1., 2.][len(seen) - 1]}
+
+    with mock.patch.multiple(ddo, REFERENCE=start, evaluate=evaluate, STEPS=4, EVERY=2):
+        curve = ddo.train(lambda net, step: net.head.head.bias.sum(), 2, None, path)
+    best, header = load_model(path)
+    assert [point['score'] for point in curve] == [3, 1, 2] and header['stage'] == 'ar'
+    assert torch.equal(best.head.head.bias, seen[1]) and not torch.equal(seen[1], seen[2])
