@@ -15,7 +15,7 @@ there is no choice, and nothing to gain. With lambda = -log t, over which all in
 
 l = 0 and a rest of constant size give CTM's. For a Gaussian teacher the gap vanishes (tests/test_papers.py).
 
-    python -m papers.analytic_precond     # 27 minutes on one busy core; leaves out/analytic_precond
+    python -m papers.analytic_precond     # 12 minutes on one core; leaves out/analytic_precond
 
 The first part needs no training: it follows the ODE of checkpoints/ar.safetensors, frame by frame over true
 histories, and compares the gaps of jumps inside the four segments between the times of schedule(4, shift).
