@@ -13,7 +13,7 @@ is estimated from one noise and one time, which all four calls share:
 
     Delta = |x0_ref(x_t) - x0|^2 - |x0_theta(x_t) - x0|^2
 
-    python -m papers.ddo          # after bash run.sh; half an hour on one core; leaves out/ddo/
+    python -m papers.ddo          # after bash run.sh; 20 minutes on one core; leaves out/ddo/
 
 Here x is a frame, given its history and its camera: fakes follow the true history, all frames of a clip at
 once, as in stage 2's pairs. The causal model of run.sh is refined for one round; the control is plain
