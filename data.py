@@ -560,7 +560,7 @@ class Clips:
         return [f.get_slice(key)[row] for key in keys or self.keys]
 
     def null_text(self, text, cfg):
-        """The empty prompt in place of text (B, text_len, text_dim); None where it is zeros."""
+        """The empty prompt in place of text (B, text_len, text_dim), 1 or B of it; None where it is zeros."""
         f, _ = self.rows[0]
         if 'null_text' not in f.keys():
             return None
@@ -624,7 +624,7 @@ class Batch:
     draws: Draws                  # its random numbers
     captions: tuple
     more: tuple = ()              # further tensors of the clips, if Clips was given their keys
-    null_text: torch.Tensor | None = None     # (B, text_len, text_dim) the empty prompt, if it is not zeros
+    null_text: torch.Tensor | None = None     # (1 or B, text_len, text_dim) the empty prompt, if not zeros
 
 
 def draw_sample(clips, j, frames, cfg, seed, whole):

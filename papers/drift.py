@@ -148,5 +148,5 @@ def rolled_out_windows(teacher, cfg, clip, rng, count):
         eps=clip.eps[row, frames],
         draws=Draws(clip.draws.u[row, columns]),
         captions=tuple(clip.captions[i] for i in rows.tolist()),
-        null_text=None if clip.null_text is None else clip.null_text[rows],
+        null_text=None if clip.null_text is None else clip.null_text.expand_as(clip.text)[rows],
     )

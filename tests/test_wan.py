@@ -127,7 +127,7 @@ def test_from_video_to_walk(wan, tmp_path):
     assert (batch.text[:, 4:] == 0).all() and batch.text[:, :4].abs().sum() > 0
     null = Wan(str(wan)).embed(['']).bfloat16()
     assert null.shape == (1, 1, DIM)
-    assert torch.equal(batch.null_text, pad_text(null, ModelConfig(text_dim=DIM, text_len=512)).expand(2, -1, -1))
+    assert torch.equal(batch.null_text, pad_text(null, ModelConfig(text_dim=DIM, text_len=512)))
 
     run('finetune_camera.py', '--init', wan / 'transformer', '--camera', 'plucker', '--sample_steps', 2, *few)
     run('train_ar.py', '--init', f'{out}/camera.safetensors', '--chunk', 2, '--sample_steps', 2, *few)

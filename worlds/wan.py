@@ -122,8 +122,10 @@ def pad_text(text, cfg):
 
 
 def without_words(text, null_text, cfg):
-    """text (B, text_len, text_dim) with the words of null_text (tokens, text_dim), the embedded empty prompt;
-    the features of a picture, where the model reads any, stay."""
-    words = pad_text(null_text, cfg).expand_as(text)
+    """The empty prompt null_text (tokens, text_dim) in place of text (B, text_len, text_dim): one for all, or
+    B, if the model also reads the features of a picture, which stay."""
+    words = pad_text(null_text[None], cfg)
     picture = getattr(cfg, 'image_len', 0)
-    return torch.cat([text[:, :picture], words[:, picture:]], 1)
+    if not picture:
+        return words
+    return torch.cat([text[:, :picture], words.expand_as(text)[:, picture:]], 1)
